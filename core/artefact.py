@@ -1,0 +1,130 @@
+"""Artefact directories: complete, or not there.
+
+`prlhf.json` lists every file with its size and hash and is written last, by a rename. An update writes new files beside
+the old ones, renames `prlhf.json`, then the files; whatever moment a kill picks, loading finds the old state or
+finishes the new one. Nothing in an artefact is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+MANIFEST = "prlhf.json"
+NEW = ".new"
+FORMAT = 1
+
+
+class ArtefactError(ValueError):
+    """An artefact directory that can't be used; the message names the file."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made an artefact."""
+    found = {}
+    for name in ("prlhf", "torch", "transformers", "trl", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callable[[Path], None]]) -> None:
+    """Writes or updates an artefact.
+
+    Args:
+        kind: what it is, for instance `reward_model`.
+        facts: resolved settings and figures, kept in `prlhf.json`.
+        files: name of each file and the function that writes it to a path.
+
+    Raises:
+        OSError: nothing was changed, and the temporary files are gone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        begun: list[Path] = []
+        try:
+            listed = {}
+            for name, write in files.items():
+                begun.append(folder / (name + NEW))
+                write(begun[-1])
+                listed[name] = _describe(begun[-1])
+            manifest = {"format": FORMAT, "kind": kind, "versions": versions(), **facts, "files": listed}
+            begun.append(folder / (MANIFEST + NEW))
+            begun[-1].write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            for path in begun:
+                _to_disk(path)
+        except BaseException:
+            for path in begun:
+                path.unlink(missing_ok=True)
+            raise
+        os.replace(folder / (MANIFEST + NEW), folder / MANIFEST)  # from here on the new state counts
+        for name in files:
+            os.replace(folder / (name + NEW), folder / name)
+
+
+def load(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a complete artefact; finishes an update that was cut off after its point of no return.
+
+    Raises:
+        ArtefactError: no artefact, another kind or format, or a file that is missing or not as it was written.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtefactError(f"{folder}: no {MANIFEST} in it, so it is no finished run; train one with `prlhf prm train`")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        listed, found = manifest["files"], (manifest["kind"], manifest["format"])
+    except (ValueError, KeyError, TypeError):
+        raise ArtefactError(f"{path}: damaged: not the JSON object that a run writes") from None
+    if found != (kind, FORMAT):
+        raise ArtefactError(f"{path}: holds a {found[0]} of format {found[1]}, wanted a {kind} of format {FORMAT}")
+    for name, description in listed.items():
+        _check_file(folder, name, description)
+    return manifest
+
+
+def _check_file(folder: Path, name: str, description: dict[str, Any]) -> None:
+    path, new = folder / name, folder / (name + NEW)
+    if path.parent != folder:
+        raise ArtefactError(f"{folder / MANIFEST}: lists {name!r}, which is not a file of this folder")
+    if new.is_file() and _describe(new) == description:
+        os.replace(new, path)
+    if not path.is_file():
+        raise ArtefactError(f"{path}: missing; the run is not complete")
+    seen = _describe(path)
+    if seen != description:
+        what = "cut or longer" if seen["bytes"] != description["bytes"] else "changed"
+        raise ArtefactError(f"{path}: {what} since it was written ({seen['bytes']} bytes, expected {description['bytes']})")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Holds the right to write to a run's folder; the second process to want it is refused."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ArtefactError(f"{folder}: another process is writing to it; wait for it, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,156 @@
+"""Splitting comparisons so that nothing of a test row is seen in training, and writing them."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .comparisons import Comparison, Comparisons, DataError, Prompt
+
+PARTS = ("train", "validation", "test", "onboarding")
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """How to split.
+
+    Attributes:
+        by: what stays together: `prompt`, `pair` (prompt and both responses, in either order), or the name of a column.
+        validation, test: shares of the rows.
+        unseen_users: share of the users who are kept out of training and validation. Their rows go to `test` where
+            the group falls there, else to `onboarding`: rows to give such a user later, with `prlhf users add`.
+        fold, folds: with folds, `test` is the fold-th of that many equal parts, in place of a share.
+    """
+
+    by: str = "prompt"
+    validation: float = 0.1
+    test: float = 0.2
+    unseen_users: float = 0.0
+    seed: int = 0
+    fold: int = 0
+    folds: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("validation", "test", "unseen_users"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), found {getattr(self, name)}")
+        if self.validation + self.test_share >= 1:
+            raise ValueError(f"validation and test together leave nothing to train on ({self.validation} + {self.test_share})")
+        if self.folds and not 1 <= self.fold <= self.folds:
+            raise ValueError(f"fold must lie between 1 and {self.folds}, found {self.fold}")
+
+    @property
+    def test_share(self) -> float:
+        return 1 / self.folds if self.folds else self.test
+
+
+def split(rows: Comparisons, plan: SplitPlan) -> dict[str, list[Comparison]]:
+    """Parts of the rows by name; each row is in exactly one, and no group in two of train, validation and test.
+
+    Raises:
+        DataError: `plan.by` names no column, or a part that was asked for would be empty.
+    """
+    groups = [group_key(row, plan.by) for row in rows]
+    part_of = _assign_groups(Counter(groups), plan)
+    unseen = _unseen_users(rows, plan)
+    parts: dict[str, list[Comparison]] = {name: [] for name in PARTS}
+    for row, group in zip(rows, groups, strict=True):
+        part = part_of[group]
+        parts["onboarding" if row.user.id in unseen and part != "test" else part].append(row)
+    wanted = [("train", 1.0), ("validation", plan.validation), ("test", plan.test_share)]
+    for name, share in wanted:
+        if share and not parts[name]:
+            raise DataError(f"{rows.source}: no row is left for {name}; {len(part_of)} groups by {plan.by} are too few")
+    return parts
+
+
+def group_key(row: Comparison, by: str) -> str:
+    """What must not be on both sides of a split: the normalised prompt, the pair, or a column's value."""
+    if by == "prompt":
+        return _normal(prompt_text(row.prompt))
+    if by == "pair":
+        return "\x1f".join([_normal(prompt_text(row.prompt)), *sorted([_normal(row.chosen), _normal(row.rejected)])])
+    if by == "user_id":
+        return row.user.id or ""
+    if by not in row.extra:
+        raise DataError(f"--by {by}: no such column in {row.place}; columns are {', '.join(row.extra) or 'none'}")
+    return str(row.extra[by])
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text, whichever form it has."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _lot(seed: int, what: str, key: str) -> bytes:
+    """A number drawn for a key; it depends on no other row, so neither does the order of groups."""
+    return hashlib.blake2b(f"{seed}\x1f{what}\x1f{key}".encode(), digest_size=8).digest()
+
+
+def _assign_groups(sizes: Counter[str], plan: SplitPlan) -> dict[str, str]:
+    """Group -> part: groups in drawn order fill the test part, then validation, then train."""
+    order = sorted(sizes, key=lambda group: _lot(plan.seed, "group", group))
+    total, seen, parts = sum(sizes.values()), 0, {}
+    first = (plan.fold - 1) / plan.folds if plan.folds else 0.0
+    for group in order:
+        # The group's middle decides, and the circle is turned so that fold after fold comes first.
+        at = ((seen + sizes[group] / 2) / total - first) % 1.0
+        seen += sizes[group]
+        test = plan.test_share
+        parts[group] = "test" if at < test else "validation" if at < test + plan.validation else "train"
+    return parts
+
+
+def _unseen_users(rows: Comparisons, plan: SplitPlan) -> set[str]:
+    users = sorted({user for user in rows.user_ids if user is not None}, key=lambda u: _lot(plan.seed, "user", u))
+    return set(users[: round(plan.unseen_users * len(users))])
+
+
+def to_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Rows as the format that they are read from; all conversational where one prompt is a conversation."""
+    conversational = any(not isinstance(row.prompt, str) for row in rows)
+    with_text = any(row.user.text for row in rows)
+
+    def response(text: str) -> Any:
+        return [{"role": "assistant", "content": text}] if conversational else text
+
+    def record(row: Comparison) -> dict[str, Any]:
+        single = isinstance(row.prompt, str) and conversational
+        return {
+            "user_id": row.user.id,
+            **({"user_text": row.user.text} if with_text else {}),
+            "prompt": [{"role": "user", "content": row.prompt}] if single else row.prompt,
+            "chosen": response(row.chosen),
+            "rejected": response(row.rejected),
+            **row.extra,
+        }
+
+    return [record(row) for row in rows]
+
+
+def write_parquet(rows: Sequence[Comparison], path: Path) -> None:
+    """Writes rows as Parquet; the file is whole or not there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    try:
+        pq.write_table(pa.Table.from_pylist(to_records(rows)), new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def data_hash(rows: Sequence[Comparison]) -> str:
+    """Hash of what was learned from: users, texts and order, 16 hex digits."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.user.id, row.user.text, row.prompt, row.chosen, row.rejected)).encode())
+    return digest.hexdigest()[:16]

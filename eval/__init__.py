@@ -1,0 +1,1 @@
+"""Evaluation: how well scores agree with people's choices, per user, and against what costs nothing."""

@@ -1,0 +1,171 @@
+"""Preference accuracy of a scorer on held-out comparisons, as the paper defines it (C.3), with its baselines beside it.
+
+One schema for all figures: `accuracy.<model>.{top, top_row0, generic, average.{all, <group>}}`, each leaf
+`{"value", "low", "high", "n"}`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..core.comparisons import Comparison, User
+from ..core.scoring import Scorer, ScoreRequest
+from ..core.splits import prompt_text
+from .baselines import always_longer, length_rule, shuffled_users
+from .metrics import (
+    Figure,
+    accuracies,
+    clustered_mean,
+    log_losses,
+    mean_over_users,
+    paired_difference,
+    per_user,
+    resampling_units,
+    wilson,
+)
+
+SHUFFLES = 5
+
+
+@dataclass
+class Evaluation:
+    """Figures of one evaluation.
+
+    Attributes:
+        figures: the JSON object that `prlhf eval preference` prints.
+        users: one row per user: `user_id`, `known`, `n`, accuracy of every model, Wilson interval of the first.
+        correct: model -> (B,) 1, 0.5 or 0 per comparison, in the order of the rows; for paired differences.
+    """
+
+    figures: dict[str, Any]
+    users: pd.DataFrame
+    correct: dict[str, np.ndarray] = field(repr=False)
+
+
+def margins(scorer: Scorer, rows: Sequence[Comparison], users: Sequence[User]) -> np.ndarray:
+    """score(chosen) - score(rejected) of each comparison for the given users, (B,)."""
+    requests = [ScoreRequest(u, row.prompt, [row.chosen, row.rejected]) for u, row in zip(users, rows, strict=True)]
+    return np.asarray([float(s[0] - s[1]) for s in scorer(requests)], dtype=np.float64)
+
+
+def evaluate(
+    name: str,
+    scorer: Scorer,
+    rows: Sequence[Comparison],
+    knows: Callable[[User], bool],
+    baselines: Mapping[str, Scorer],
+    directions: Mapping[str | None, int],
+    group_column: str | None = None,
+) -> Evaluation:
+    """Evaluates a scorer on comparisons that it was not trained on.
+
+    Args:
+        name: of the scorer in the figures, for instance its user model.
+        knows: whether the scorer was trained on a user; other users count for Accuracy-generic, by row 0.
+        baselines: further scorers, the uniform model for one.
+        directions: the best fixed length direction per user, from training rows (see `length_directions`).
+        group_column: column of the rows by which Accuracy-average is also given, for instance majority / minority.
+
+    Raises:
+        ValueError: no rows, or a row lacks the group column; names it.
+    """
+    if not rows:
+        raise ValueError("no comparisons to evaluate on")
+    users = [row.user for row in rows]
+    seen = np.asarray([knows(user) for user in users])
+    known = sorted({user.id for user in users if user.id is not None and knows(user)})
+    by_model = _all_margins(name, scorer, rows, users, known, baselines, directions)
+    correct = {model: np.mean([accuracies(m) for m in each], axis=0) for model, each in by_model.items()}
+    table = _user_table(name, users, seen, correct, _groups(rows, group_column))
+    unit, clusters = resampling_units([u.id for u in users], [prompt_text(row.prompt) for row in rows])
+    clusters = np.asarray(clusters, dtype=object)
+    own, row0 = by_model[name][0], by_model["row0"][0]
+    figures = {
+        "rows": len(rows),
+        "users": {"seen": len(known), "unseen": len({u.id for u in users} - set(known))},
+        "interval": f"95 %, bootstrap over {unit}s; average: Student's t over users",
+        "accuracy": _accuracy(name, correct, seen, clusters, table),
+        "log_loss": {
+            name: clustered_mean(log_losses(own), clusters),
+            "row0": clustered_mean(log_losses(row0), clusters),
+        },
+        "difference": {
+            other: paired_difference(correct[name][seen], correct[other][seen], clusters[seen])
+            for other in correct
+            if other != name
+        },
+        "ties": int((own == 0).sum()),
+    }
+    return Evaluation(figures, table, correct)
+
+
+def _all_margins(
+    name: str,
+    scorer: Scorer,
+    rows: Sequence[Comparison],
+    users: Sequence[User],
+    known: Sequence[str],
+    baselines: Mapping[str, Scorer],
+    directions: Mapping[str | None, int],
+) -> dict[str, list[np.ndarray]]:
+    """Model -> margins (B,), several of them where the model is a random control."""
+    nobody = [User(None, user.text) for user in users]
+    shuffles = [shuffled_users(users, known, seed) for seed in range(SHUFFLES)]
+    # One call for all variants of the scorer, row by row: it runs each response through its backbone once.
+    variants = [users, nobody, *shuffles]
+    repeated = [row for row in rows for _ in variants]
+    every = margins(scorer, repeated, [user for same_row in zip(*variants, strict=True) for user in same_row])
+    own, row0, *shuffled = every.reshape(len(rows), len(variants)).T
+    result = {name: [own], "row0": [row0]}
+    result |= {other: [margins(baseline, rows, users)] for other, baseline in baselines.items() if other != name}
+    result |= {"longer": [margins(always_longer(), rows, users)]}
+    result |= {"length_rule": [margins(length_rule(directions), rows, users)], "shuffled_users": shuffled}
+    return result
+
+
+def _accuracy(
+    name: str, correct: dict[str, np.ndarray], seen: np.ndarray, clusters: np.ndarray, table: pd.DataFrame
+) -> dict[str, dict[str, Any]]:
+    figures: dict[str, dict[str, Any]] = {}
+    for model, values in correct.items():
+        if model == "row0":  # stands inside every personal model, as top_row0
+            continue
+        figures[model] = {
+            "top": clustered_mean(values[seen], clusters[seen]),
+            # A model without user vectors is its own row 0.
+            "top_row0": clustered_mean(correct["row0" if model in (name, "shuffled_users") else model][seen], clusters[seen]),
+            "generic": clustered_mean(values[~seen], clusters[~seen]),
+            "average": _averages(table, model),
+        }
+    return figures
+
+
+def _averages(table: pd.DataFrame, model: str) -> dict[str, Figure]:
+    seen = table[table["known"]]
+    groups = {str(group): part for group, part in seen.groupby("group")} if "group" in table else {}
+    return {name: mean_over_users(part[model].to_numpy()) for name, part in {"all": seen, **groups}.items()}
+
+
+def _groups(rows: Sequence[Comparison], column: str | None) -> dict[str, str]:
+    """User -> group; a user belongs to the group of their first row."""
+    groups: dict[str, str] = {}
+    for row in rows if column else ():
+        if column not in row.extra:
+            raise ValueError(f"--group {column}: no such column in {row.place}; columns are {', '.join(row.extra) or 'none'}")
+        groups.setdefault(row.user.id or "", str(row.extra[column]))
+    return groups
+
+
+def _user_table(
+    name: str, users: Sequence[User], seen: np.ndarray, correct: dict[str, np.ndarray], groups: Mapping[str, str]
+) -> pd.DataFrame:
+    table = per_user([user.id for user in users], {"known": seen.astype(float), **correct})
+    table["known"] = table["known"] > 0
+    intervals = [wilson(share * n, n) for share, n in zip(table[name], table["n"], strict=True)]
+    table["low"], table["high"] = [i["low"] for i in intervals], [i["high"] for i in intervals]
+    if groups:
+        table["group"] = table["user_id"].map(groups)
+    return table

@@ -1,0 +1,65 @@
+"""Personalized reward models and policies from personalized preference data (P-RLHF, arXiv 2402.05133).
+
+The public names are loaded when they are first used, so `import prlhf` costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+__version__ = version("prlhf")
+
+_PLACES = {
+    "Comparison": "core.comparisons",
+    "RowPolicy": "core.comparisons",
+    "User": "core.comparisons",
+    "load_comparisons": "core.sources.files",
+    "find_model": "core.pretrained",
+    "load_backbone": "core.pretrained",
+    "Ranking": "core.scoring",
+    "ScoreRequest": "core.scoring",
+    "Scorer": "core.scoring",
+    "each": "core.scoring",
+    "SplitPlan": "core.splits",
+    "split": "core.splits",
+    "TextLayout": "core.tokenize",
+    "UserIndex": "core.users",
+    "HeadConfig": "prm.heads",
+    "PersonalizedRewardModel": "prm.reward_model",
+    "fit_reward_model": "prm.fit",
+    "evaluate": "eval.preference",
+    "rerank": "bestofn.rerank",
+}
+
+__all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .bestofn.rerank import rerank as rerank
+    from .core.comparisons import Comparison as Comparison
+    from .core.comparisons import RowPolicy as RowPolicy
+    from .core.comparisons import User as User
+    from .core.pretrained import find_model as find_model
+    from .core.pretrained import load_backbone as load_backbone
+    from .core.scoring import Ranking as Ranking
+    from .core.scoring import Scorer as Scorer
+    from .core.scoring import ScoreRequest as ScoreRequest
+    from .core.scoring import each as each
+    from .core.sources.files import load_comparisons as load_comparisons
+    from .core.splits import SplitPlan as SplitPlan
+    from .core.splits import split as split
+    from .core.tokenize import TextLayout as TextLayout
+    from .core.users import UserIndex as UserIndex
+    from .eval.preference import evaluate as evaluate
+    from .prm.fit import fit_reward_model as fit_reward_model
+    from .prm.heads import HeadConfig as HeadConfig
+    from .prm.reward_model import PersonalizedRewardModel as PersonalizedRewardModel
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'prlhf' has no attribute {name!r}")
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m prlhf` is the `prlhf` command."""
+
+from .cli import main
+
+main()

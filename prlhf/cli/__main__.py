@@ -1,0 +1,5 @@
+"""`python -m prlhf.cli` is the `prlhf` command."""
+
+from . import main
+
+main()

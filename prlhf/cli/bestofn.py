@@ -1,0 +1,151 @@
+"""`prlhf bestofn score|rerank`: recorded candidates, scored and ranked per user."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Json
+from .output import plain, print_json, table, tell
+
+if TYPE_CHECKING:
+    from prlhf.bestofn.rerank import Candidates
+    from prlhf.core.comparisons import User
+    from prlhf.core.scoring import Ranking
+    from prlhf.prm.reward_model import PersonalizedRewardModel
+
+app = typer.Typer(help="Best-of-n per user.", no_args_is_help=True)
+Run = Annotated[Path, typer.Argument(help="Folder of a reward-model run.")]
+CandidateFile = Annotated[Path, typer.Option("--candidates", help='JSONL: {"prompt": ..., "responses": [...]}.')]
+Users = Annotated[
+    list[str], typer.Option(help="Ids, comma-separated or repeated; `all`; or a .jsonl file with user_id and user_text.")
+]
+
+
+@app.command()
+def score(
+    run: Run,
+    candidates: CandidateFile,
+    users: Users,
+    out: Annotated[Path, typer.Option(help="JSONL: one line per prompt and user, with scores in the given order.")],
+) -> None:
+    """Score every candidate for every user. What is in --out already is kept and not computed again."""
+    from prlhf.bestofn.rerank import record_key
+    from prlhf.core.store import JsonlStore
+
+    model, prompts, asked = _open(run, candidates, users)
+    identity = _identity(run)
+    keys = {record_key(identity, user, c.prompt, c.responses) for c in prompts for user in asked}
+    store = JsonlStore(out)
+    strangers = set(store) - keys
+    if strangers:
+        raise ValueError(f"--out {out}: holds {len(strangers)} lines of another run, other users or other candidates; give another file")
+    done = len(store)
+    for c in prompts:
+        todo = [user for user in asked if record_key(identity, user, c.prompt, c.responses) not in store]
+        rankings = _rank(model, [c], todo)
+        records = [_record(r) for r in rankings]
+        store.append(*[{"key": record_key(identity, r.user, c.prompt, c.responses), **rec} for r, rec in zip(rankings, records, strict=True)])
+    tell(f"{out}: {len(store):,} lines, {len(store) - done:,} of them new")
+
+
+@app.command()
+def rerank(
+    run: Run,
+    candidates: CandidateFile,
+    users: Users,
+    out: Annotated[Path | None, typer.Option(help="JSONL: one line per prompt and user, best response first.")] = None,
+    json: Json = False,
+) -> None:
+    """Order the candidates for every user, best first."""
+    import json as codec
+
+    model, prompts, asked = _open(run, candidates, users)
+    records = [{**_record(r), "order": list(r.order), "best": r.best} for r in _rank(model, prompts, asked)]
+    if out:
+        new = out.with_name(out.name + ".new")
+        new.write_text("".join(codec.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        new.replace(out)
+        tell(f"{out}: {len(records):,} lines")
+    if json:
+        print_json({"run": str(run), "rankings": records})
+    elif not out:
+        _show(records)
+
+
+def _open(run: Path, candidates: Path, users: list[str]) -> "tuple[PersonalizedRewardModel, list[Candidates], list[User]]":
+    from prlhf.bestofn.rerank import read_candidates
+    from prlhf.prm.reward_model import PersonalizedRewardModel
+
+    prompts = read_candidates(candidates)
+    model = PersonalizedRewardModel.from_pretrained(run, show=True)
+    asked = _users(users, model.users.ids)
+    unknown = [user.id or "(none)" for user in asked if not model.knows(user)]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        tell(f"not in {run}, ranked as the unknown user (row 0): {', '.join(unknown[:5])}{more}")
+    if model.layout.user_text == "input" and any(user.text for user in asked):
+        tell("the users' texts are part of the input, so each user costs a pass of their own")
+    return model, prompts, asked
+
+
+def _users(given: list[str], known: list[str]) -> "list[User]":
+    from prlhf.core.comparisons import DataError, User
+    from prlhf.core.sources import read_rows
+
+    if given == ["all"]:
+        if not known:
+            raise ValueError("--users all: this run knows no user")
+        return [User(user) for user in known]
+    if len(given) == 1 and given[0].endswith(".jsonl"):
+        found = []
+        for place, row in read_rows(given[0]):
+            if not isinstance(row, dict) or row.get("user_id") is None:
+                raise DataError(f"{place}: user_id: missing")
+            found.append(User(str(row["user_id"]), str(row.get("user_text") or "")))
+        return found
+    return [User(user.strip()) for part in given for user in part.split(",") if user.strip()]
+
+
+def _rank(model: "PersonalizedRewardModel", prompts: "list[Candidates]", users: "list[User]") -> "list[Ranking]":
+    from prlhf.bestofn.rerank import rerank as rank
+
+    return list(rank(model.score, prompts, users, model.knows))
+
+
+def _record(ranking: "Ranking") -> dict[str, Any]:
+    """Scores that are no numbers become null, which JSON can hold."""
+    return {
+        "prompt": ranking.prompt,
+        "user_id": ranking.user.id,
+        "user_known": ranking.user_known,
+        "scores": [value if value == value else None for value in ranking.scores],
+    }
+
+
+def _identity(run: Path) -> str:
+    from prlhf.core.artefact import MANIFEST
+
+    return (run / MANIFEST).read_text(encoding="utf-8")
+
+
+def _show(records: list[dict[str, Any]]) -> None:
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_prompt.setdefault(str(record["prompt"]), []).append(record)
+    for prompt, group in by_prompt.items():
+        rows = [
+            (
+                r["user_id"] + ("" if r["user_known"] else " (unknown: row 0)"),
+                f"{r['order'][0] + 1} of {len(r['order'])}",
+                " > ".join(str(i + 1) for i in r["order"]),
+                _excerpt(r["best"]),
+            )
+            for r in group
+        ]
+        table(_excerpt(prompt, 100), ["user", "pick", "order", "text"], rows)
+
+
+def _excerpt(text: str, length: int = 60) -> str:
+    flat = plain(" ".join(text.split()))
+    return flat if len(flat) <= length else flat[: length - 1] + "…"

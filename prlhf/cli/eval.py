@@ -1,0 +1,105 @@
+"""`prlhf eval preference`: how often a run agrees with people's choices, and whether personalization helped."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Columns, Json, MaxBadRows, MissingUser, load
+from .output import percent, print_json, table, tell, write_json
+
+if TYPE_CHECKING:
+    from prlhf.core.comparisons import Comparisons
+    from prlhf.eval.preference import Evaluation
+
+app = typer.Typer(help="Evaluate runs.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `preference` a verb of its own while it is the only one."""
+
+
+@app.command()
+def preference(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    data: Annotated[str, typer.Option(help="Comparisons that chose nothing in training.")],
+    against: Annotated[Path | None, typer.Option(help="Another run: paired difference on the same rows.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column by which Accuracy-average is given too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
+    per_user: Annotated[Path | None, typer.Option(help="Write the per-user table to this .parquet or .jsonl file.")] = None,
+    columns: Columns = None,
+    missing_user: MissingUser = "refuse",
+    max_bad_rows: MaxBadRows = 0,
+    json: Json = False,
+) -> None:
+    """Accuracy with and without the user, beside the uniform model, length rules and a shuffled-user control."""
+    from prlhf.eval.metrics import paired_difference, resampling_units
+
+    rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
+    result = _evaluate(run, rows, group)
+    figures = {"run": str(run), "data": data, "left_out": rows.dropped_counts, **result.figures}
+    if against:
+        other = _evaluate(against, rows, group)
+        mine, theirs = (next(iter(r.figures["accuracy"])) for r in (result, other))
+        _, clusters = resampling_units(rows.user_ids, [str(row.prompt) for row in rows])
+        difference = paired_difference(result.correct[mine], other.correct[theirs], clusters)
+        figures["against"] = {"run": str(against), "difference": difference, "accuracy": other.figures["accuracy"][theirs]}
+    if out:
+        write_json(figures, out)
+    if per_user:
+        _write_users(result, per_user)
+    if json:
+        print_json(figures)
+    else:
+        _show(figures, result)
+
+
+def _evaluate(run: Path, rows: "Comparisons", group: str | None) -> "Evaluation":
+    from prlhf.eval.baselines import length_directions
+    from prlhf.eval.preference import evaluate
+    from prlhf.prm.reward_model import PersonalizedRewardModel
+
+    model = PersonalizedRewardModel.from_pretrained(run, show=True)
+    counts = {user or None: (f["longer_chosen"], f["shorter_chosen"]) for user, f in model.users.facts.items()}
+    directions = length_directions(counts)
+    name = model.settings["user_model"]
+    baselines = {"uniform": model.uniform_scorer()}
+    return evaluate(name, model.score, list(rows), model.knows, baselines, directions, group)
+
+
+def _write_users(result: "Evaluation", path: Path) -> None:
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"--per-user {path}: must end in .parquet or .jsonl")
+    if path.suffix == ".parquet":
+        result.users.to_parquet(path, index=False)
+    else:
+        result.users.to_json(path, orient="records", lines=True, force_ascii=False)
+
+
+WORDS = {
+    "uniform": "uniform model (nobody's id is read)",
+    "longer": "always the longer response",
+    "length_rule": "best fixed length direction per user",
+    "shuffled_users": "control: somebody else's id",
+}
+
+
+def _show(figures: dict[str, Any], result: "Evaluation") -> None:
+    accuracy = figures["accuracy"]
+    name = next(iter(accuracy))
+    users = figures["users"]
+    title = f"{figures['run']} on {figures['data']}: {figures['rows']:,} rows, {users['seen']:,} users seen, {users['unseen']:,} unseen"
+    lines = [(f"{name} (this run)", percent(accuracy[name]["top"]), percent(accuracy[name]["generic"]))]
+    if name != "uniform":
+        lines.append(("row 0: the same run, user unknown", percent(accuracy[name]["top_row0"]), percent(accuracy[name]["generic"])))
+    lines += [(WORDS[m], percent(f["top"]), percent(f["generic"])) for m, f in accuracy.items() if m != name]
+    table(title, ["accuracy", "seen users", "unseen users"], lines)
+    gains = [(WORDS.get(m, "row 0"), percent(f, signed=True)) for m, f in figures["difference"].items()]
+    if "against" in figures:
+        gains.append((figures["against"]["run"], percent(figures["against"]["difference"], signed=True)))
+    table("Paired difference on the same rows: this run minus ...", ["", "points"], gains)
+    shown = result.users.sort_values(name).head(20)
+    cells = [(u.user_id or "(no user)", f"{getattr(u, name):.3f}", f"{u.low:.2f} to {u.high:.2f}", f"{u.row0:.3f}", u.n) for u in shown.itertuples()]
+    table(f"Per user{' (the 20 lowest; --per-user writes all)' if len(result.users) > 20 else ''}", ["user", "accuracy", "95 %", "row 0", "rows"], cells)
+    tell(f"intervals: {figures['interval']}; {figures['ties']} ties, each counted as half")

@@ -1,0 +1,106 @@
+"""`prlhf users add|list|export`: the users of a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Columns, Json, MaxBadRows, load
+from .output import percent, print_json, table, tell
+
+app = typer.Typer(help="The users of a run.", no_args_is_help=True)
+RunOption = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
+
+
+@app.command()
+def add(
+    user_id: Annotated[str, typer.Argument(help="Id of the new user.")],
+    run: RunOption,
+    data: Annotated[str, typer.Option(help="Their comparisons; rows of other users in it are left alone.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Fit a user anew who is in the run already.")] = False,
+    columns: Columns = None,
+    max_bad_rows: MaxBadRows = 0,
+    json: Json = False,
+) -> None:
+    """Give a new user a vector of their own: a convex fit on their comparisons, everything else frozen."""
+    from prlhf.prm.reward_model import PersonalizedRewardModel
+
+    rows = load(data, columns, max_bad_rows, missing_user="generic")
+    theirs = [row for row in rows if row.user.id in (None, user_id)]
+    if len(theirs) < len(rows):
+        tell(f"{len(rows) - len(theirs):,} rows of other users are left alone")
+    if not theirs:
+        raise ValueError(f"--data {data}: no row of user {user_id!r}")
+    model = PersonalizedRewardModel.from_pretrained(run, show=True)
+    added = model.add_user(user_id, theirs, replace)
+    model.save_pretrained(run)
+    figures = _gain(added, theirs)
+    if json:
+        print_json(figures)
+        return
+    table(
+        f"user {user_id} added to {run}: {added.comparisons} comparisons, fitted in {1000 * added.seconds:.1f} ms",
+        ["each comparison judged by a fit that did not see it", ""],
+        [
+            ("accuracy", percent(figures["accuracy"])),
+            ("accuracy of row 0", percent(figures["accuracy_row0"])),
+            ("gain over row 0", percent(figures["gain"], signed=True)),
+        ],
+    )
+
+
+def _gain(added: Any, rows: list[Any]) -> dict[str, Any]:
+    from prlhf.core.splits import prompt_text
+    from prlhf.eval.metrics import accuracies, paired_difference, wilson
+
+    own, row0 = accuracies(added.margins), accuracies(added.row0_margins)
+    return {
+        "user_id": added.user_id,
+        "comparisons": added.comparisons,
+        "milliseconds": 1000 * added.seconds,
+        "accuracy": wilson(own.sum(), len(own)),
+        "accuracy_row0": wilson(row0.sum(), len(row0)),
+        "gain": paired_difference(own, row0, [prompt_text(row.prompt) for row in rows]),
+    }
+
+
+@app.command("list")
+def list_users(run: RunOption, json: Json = False) -> None:
+    """The users of a run, how many comparisons each gave, and how far each is from row 0."""
+    from prlhf.prm.reward_model import PersonalizedRewardModel
+
+    model = PersonalizedRewardModel.from_pretrained(run)
+    spread = model.user_model.spread().tolist()
+    facts = [model.users.facts.get(user, {}) for user in model.users.ids]
+    users = [
+        {"user_id": user, "comparisons": f.get("comparisons", 0), "origin": f.get("origin", ""), "distance_from_row0": d}
+        for user, f, d in zip(model.users.ids, facts, spread[1:], strict=True)
+    ]
+    if json:
+        print_json({"run": str(run), "users": users})
+        return
+    cells = [(u["user_id"], f"{u['comparisons']:,}", u["origin"], f"{u['distance_from_row0']:.2f}") for u in users]
+    table(f"{run}: {len(users):,} users", ["user", "comparisons", "origin", "distance from row 0"], cells)
+
+
+@app.command()
+def export(
+    run: RunOption, out: Annotated[Path, typer.Option(help=".parquet or .jsonl: user_id and vector, row 0 first (null).")]
+) -> None:
+    """Write every user's vector, in units of the backbone's hidden states. The vectors are personal data."""
+    import pandas as pd
+    import torch
+
+    from prlhf.prm.reward_model import PersonalizedRewardModel
+
+    model = PersonalizedRewardModel.from_pretrained(run)
+    with torch.no_grad():
+        vectors = model.user_model(torch.arange(len(model.users))).numpy()
+    frame = pd.DataFrame({"user_id": [None, *model.users.ids], "vector": list(vectors)})
+    if out.suffix == ".parquet":
+        frame.to_parquet(out, index=False)
+    elif out.suffix == ".jsonl":
+        frame.to_json(out, orient="records", lines=True, force_ascii=False)
+    else:
+        raise ValueError(f"--out {out}: must end in .parquet or .jsonl")
+    tell(f"{out}: {len(frame) - 1:,} users and row 0, {vectors.shape[1]} numbers each")

@@ -1,0 +1,186 @@
+"""Hidden states of a frozen backbone: computed once per response, cached on disk, resumable.
+
+The cache is two append-only files of fixed-width records, `keys.bin` (16 bytes each) and `rows.f32` (all poolings of
+one response side by side, so that another pooling costs no forward pass). Rows are written before their keys; whatever
+a kill leaves behind them is cut off under the lock by the next writer.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from ..core.comparisons import Comparison, Prompt
+from ..core.pretrained import Backbone, cache_dir
+from ..core.tokenize import RowTokenizer, TokenRow
+
+POOLINGS = ("last", "mean")
+LAYOUT = "v1"  # raise when the same tokens and weights would give other rows
+KEY_BYTES = 16
+TOKENS_PER_BATCH = 8192
+
+
+def row_key(row: TokenRow) -> bytes:
+    """Key of a row in the cache: its token ids and where the response begins."""
+    ids = np.asarray([len(row.prompt_ids), *row.prompt_ids, *row.response_ids], dtype=np.int32)
+    return hashlib.blake2b(ids.tobytes(), digest_size=KEY_BYTES).digest()
+
+
+class FeatureStore:
+    """Append-only cache of (P, D) fp32 rows by key, for one backbone; any number of processes may share it.
+
+    Args:
+        folder: where the files lie; made when missing.
+        hidden_size: D.
+    """
+
+    def __init__(self, folder: Path, hidden_size: int):
+        self.folder, self.hidden_size = folder, hidden_size
+        self.row_bytes = 4 * len(POOLINGS) * hidden_size
+        folder.mkdir(parents=True, exist_ok=True)
+        self._keys, self._rows = folder / "keys.bin", folder / "rows.f32"
+        self._lock = FileLock(folder / "lock")
+        self._index: dict[bytes, int] = {}
+        self._known = 0
+        self._read_new_keys()
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> "FeatureStore":
+        """The store of a backbone, in the cache folder."""
+        name = f"{LAYOUT}-{backbone.fingerprint}-{'+'.join(POOLINGS)}"
+        return cls(cache_dir() / "features" / name, backbone.hidden_size)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._index
+
+    def positions(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Row numbers of keys that are all in the store."""
+        return np.fromiter((self._index[key] for key in keys), dtype=np.int64, count=len(keys))
+
+    def gather(self, positions: np.ndarray, pooling: str) -> Tensor:
+        """Rows at `positions` under one pooling: (len(positions), D) fp32."""
+        shape = (self._known, len(POOLINGS), self.hidden_size)
+        table = np.memmap(self._rows, dtype=np.float32, mode="r", shape=shape)
+        return torch.from_numpy(np.ascontiguousarray(table[positions, POOLINGS.index(pooling)]))
+
+    def append(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
+        """Adds rows (len(keys), P, D); keys that another process added meanwhile are left alone."""
+        with self._lock:
+            self._read_new_keys()
+            self._cut_torn_tail()
+            new = [i for i, key in enumerate(keys) if key not in self._index]
+            self._write(self._rows, np.ascontiguousarray(rows[new], dtype=np.float32).tobytes())
+            self._write(self._keys, b"".join(keys[i] for i in new))
+            self._read_new_keys()
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _complete(self) -> int:
+        """Number of records of which both row and key are whole."""
+        sizes = [path.stat().st_size if path.exists() else 0 for path in (self._keys, self._rows)]
+        return min(sizes[0] // KEY_BYTES, sizes[1] // self.row_bytes)
+
+    def _read_new_keys(self) -> None:
+        complete = self._complete()
+        if complete > self._known:
+            with self._keys.open("rb") as file:
+                file.seek(self._known * KEY_BYTES)
+                data = file.read((complete - self._known) * KEY_BYTES)
+            for i in range(complete - self._known):
+                self._index[data[i * KEY_BYTES : (i + 1) * KEY_BYTES]] = self._known + i
+            self._known = complete
+
+    def _cut_torn_tail(self) -> None:
+        for path, width in ((self._keys, KEY_BYTES), (self._rows, self.row_bytes)):
+            if path.exists() and path.stat().st_size > self._known * width:
+                os.truncate(path, self._known * width)
+
+
+def batches(rows: Sequence[TokenRow], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
+    """Positions of rows in batches of like length, longest first, each at most `tokens` long with its padding."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    start = 0
+    while start < len(order):
+        size = max(1, tokens // len(rows[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+@torch.inference_mode()
+def hidden_states(backbone: Backbone, rows: Sequence[TokenRow]) -> Tensor:
+    """Last layer's hidden state of each row under every pooling, (R, P, D) fp32.
+
+    `last` is the state at the row's last token (what the paper and stock reward models read), `mean` the mean over the
+    response's tokens, what closes its turn included. Rows are padded on the right, which a causal model can't see.
+    """
+    device = next(backbone.model.parameters()).device
+    lengths = torch.tensor([len(row) for row in rows], device=device)  # (R,)
+    starts = torch.tensor([len(row.prompt_ids) for row in rows], device=device)  # (R,)
+    ids = [torch.tensor(row.prompt_ids + row.response_ids, device=device) for row in rows]
+    input_ids = pad_sequence(ids, batch_first=True)  # (R, T)
+    places = torch.arange(input_ids.shape[1], device=device)  # (T,)
+    mask = places < lengths[:, None]  # (R, T)
+    states = backbone.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    last = states[torch.arange(len(rows), device=device), lengths - 1].float()  # (R, D)
+    inside = mask & (places >= starts[:, None])  # (R, T)
+    # In fp32 before summing: a bf16 sum over hundreds of tokens loses the third digit.
+    summed = torch.einsum("rtd,rt->rd", states.float(), inside.float())
+    return torch.stack([last, summed / inside.sum(1, keepdim=True)], dim=1).cpu()
+
+
+def extract(backbone: Backbone, rows: Sequence[TokenRow], store: FeatureStore, show: bool = True) -> np.ndarray:
+    """Positions in the store of all rows' features, computing those that are missing.
+
+    Every batch is on disk before the next begins, so an interrupted run goes on where it stopped.
+    """
+    keys = [row_key(row) for row in rows]
+    missing = list({key: i for i, key in enumerate(keys) if key not in store}.values())
+    if missing:
+        todo = [rows[i] for i in missing]
+        done = len(set(keys)) - len(missing)
+        if done and show:
+            print(f"features: {done:,} of {len(set(keys)):,} responses are cached", file=sys.stderr)
+        total = sum(map(len, todo))
+        with tqdm(total=total, unit="tok", unit_scale=True, desc="features", disable=not show) as bar:
+            for batch in batches(todo):
+                states = hidden_states(backbone, [todo[i] for i in batch])
+                store.append([keys[missing[i]] for i in batch], states.numpy())
+                bar.update(sum(len(todo[i]) for i in batch))
+    return store.positions(keys)
+
+
+def pair_rows(
+    rows: Sequence[Comparison], tokenizer: RowTokenizer
+) -> tuple[list[TokenRow], np.ndarray]:
+    """Tokenizes comparisons.
+
+    Returns:
+        the token rows of the distinct responses, and (B, 2) positions of each comparison's chosen and rejected one.
+    """
+    index: dict[tuple[str, str, str], int] = {}
+    texts: list[tuple[Prompt, str, str]] = []
+
+    def place(row: Comparison, response: str) -> int:
+        text = row.user.text if tokenizer.layout.user_text == "input" else ""
+        key = (str(row.prompt), text, response)
+        if key not in index:
+            index[key] = len(texts)
+            texts.append((row.prompt, response, text))
+        return index[key]
+
+    pairs = [(place(row, row.chosen), place(row, row.rejected)) for row in rows]
+    prompts, responses, user_texts = zip(*texts, strict=True) if texts else ((), (), ())
+    return tokenizer.rows(prompts, responses, user_texts), np.asarray(pairs, dtype=np.int64).reshape(-1, 2)

@@ -1,0 +1,262 @@
+"""Comparisons -> features of a frozen backbone -> all users' heads -> a reward model that can be saved."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from ..core.comparisons import Comparison, Comparisons, DataError
+from ..core.pretrained import Backbone
+from ..core.splits import data_hash
+from ..core.tokenize import RowTokenizer, TextLayout, TokenRow
+from ..core.users import UserIndex, UserModel
+from .features import POOLINGS, FeatureStore, extract, pair_rows
+from .heads import Examples, HeadConfig, HeadFit, fit_heads
+from .new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture
+from .reward_model import LinearHead, PersonalizedRewardModel, length_facts
+
+TRIAL_USERS = 200
+TRIAL_ROWS = 20
+MIXTURE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+@dataclass
+class FrozenFeatures:
+    """Comparisons of one split as heads see them, and what the length policy did to them.
+
+    Attributes:
+        differences: (B, D) h_chosen - h_rejected, fp32, not scaled.
+        over_long: user -> rows longer than the layout allows.
+    """
+
+    rows: list[Comparison]
+    differences: Tensor
+    over_long: dict[str, int]
+
+
+def frozen_features(rows: Comparisons, backbone: Backbone, layout: TextLayout, pooling: str, show: bool) -> FrozenFeatures:
+    """Runs the backbone over all responses of the comparisons (from the cache where they are there).
+
+    Raises:
+        DataError: a row is longer than `layout.max_length` and the policy is to refuse.
+    """
+    tokenizer = RowTokenizer(backbone.tokenizer, layout)
+    token_rows, pairs = pair_rows(list(rows), tokenizer)
+    cut = np.asarray([row.cut > 0 for row in token_rows], dtype=bool)[pairs].any(1)  # (B,)
+    over_long = _count_cut(rows, cut, token_rows, pairs, layout)
+    kept = list(range(len(rows)))
+    if layout.over_long == "drop":
+        kept = [i for i in kept if not cut[i]]
+        used = sorted({int(at) for i in kept for at in pairs[i]})
+        place = {at: new for new, at in enumerate(used)}
+        token_rows = [token_rows[at] for at in used]
+        pairs = np.asarray([[place[int(at)] for at in pairs[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
+    store = FeatureStore.of(backbone)
+    at = extract(backbone, token_rows, store, show)
+    differences = store.gather(at[pairs[:, 0]], pooling) - store.gather(at[pairs[:, 1]], pooling)
+    if not torch.isfinite(differences).all():
+        bad = rows[kept[int((~torch.isfinite(differences)).any(1).nonzero()[0])]]
+        raise DataError(f"{bad.place}: the backbone's hidden state is not a number; try --dtype float32")
+    return FrozenFeatures([rows[i] for i in kept], differences, over_long)
+
+
+def _count_cut(
+    rows: Comparisons, cut: np.ndarray, token_rows: Sequence[TokenRow], pairs: np.ndarray, layout: TextLayout
+) -> dict[str, int]:
+    counts: dict[str, int] = defaultdict(int)
+    for i in np.flatnonzero(cut):
+        if layout.over_long == "refuse":
+            length = max(len(token_rows[at]) + token_rows[at].cut for at in pairs[i])
+            raise DataError(
+                f"{rows[int(i)].place}: {length} tokens, more than --max-length {layout.max_length}; raise it, or choose "
+                "--over-long truncate or drop"
+            )
+        counts[rows[int(i)].user.id or ""] += 1
+    return dict(counts)
+
+
+def fit_reward_model(
+    train: Comparisons,
+    validation: Comparisons,
+    backbone: Backbone,
+    layout: TextLayout,
+    pooling: str | None,
+    config: HeadConfig,
+    show: bool = False,
+) -> tuple[PersonalizedRewardModel, dict[str, Any]]:
+    """Trains a personalized reward model with linear heads on a frozen backbone.
+
+    Args:
+        validation: rows on which everything is chosen: strengths, epochs, the prior of new users.
+        pooling: `last`, `mean`, or None for what suits the backbone (`last` for a stock reward model).
+
+    Returns:
+        the model, and the figures of its training (chosen strengths, every candidate, rows cut or dropped per user).
+    """
+    pooling = pooling or default_pooling(backbone)
+    if pooling not in POOLINGS:
+        raise ValueError(f"--pooling {pooling}: must be one of {', '.join(POOLINGS)}")
+    resolved = RowTokenizer(backbone.tokenizer, layout).layout
+    resolved = replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
+    parts = [frozen_features(rows, backbone, resolved, pooling, show) for rows in (train, validation)]
+    for name, part in zip(("train", "validation"), parts, strict=True):
+        _tell_over_long(name, part.over_long, resolved)
+    users = UserIndex.seen_in(row.user.id for row in parts[0].rows)
+    if config.user_model != "uniform" and len(users) == 1:
+        raise DataError(f"{train.source}: no row has a user id, so there is no user to learn; use --user-model uniform")
+    # One scale for all dimensions: scaling each by itself did worse on validation rows of every data set tried.
+    scale = float(parts[0].differences.square().mean().sqrt().clamp_min(1e-12))
+    sets = [Examples(p.differences / scale, users.rows([r.user.id for r in p.rows])) for p in parts]
+    start = backbone.score * scale if backbone.score is not None else torch.zeros(backbone.hidden_size)
+    personal, uniform = fit_heads(sets[0], sets[1], len(users), start, config, show)
+    prior, mixture, prior_trials = _new_user_settings(personal, sets, config)
+    figures = _figures(personal, uniform, sets, parts, prior_trials, train, validation)
+    settings = _settings(backbone, resolved, pooling, config, personal, mixture, train)
+    head = LinearHead(_unscaled(uniform.users, scale), scale, prior)
+    _divide(personal.users, scale)
+    users.facts = _user_facts(parts[0])
+    return PersonalizedRewardModel(users, personal.users, head, settings, show=show, _backbone=backbone), figures
+
+
+def _tell_over_long(name: str, over_long: dict[str, int], layout: TextLayout) -> None:
+    if over_long:
+        top = ", ".join(f"{user or '(no user)'} {n}" for user, n in sorted(over_long.items(), key=lambda c: -c[1])[:5])
+        verb = {"truncate": "truncated", "drop": "dropped"}[layout.over_long]
+        print(f"{name}: {sum(over_long.values()):,} rows over {layout.max_length} tokens {verb} ({top})", file=sys.stderr)
+
+
+def default_pooling(backbone: Backbone) -> str:
+    """`last` where a stock reward model's own head reads it, else `mean` (see docs/results.md for the measurement)."""
+    return "last" if backbone.score is not None else "mean"
+
+
+def _settings(
+    backbone: Backbone, layout: TextLayout, pooling: str, config: HeadConfig, personal: HeadFit, mixture: float, train: Comparisons
+) -> dict[str, Any]:
+    source = backbone.source
+    local = str(source.path.resolve()) if source.origin.startswith(f"model {source.name}: local folder") else ""
+    return {
+        "aggregator": "linear_head",
+        "user_model": config.user_model,
+        "user_options": personal.users.options(),
+        "user_loss_alpha": config.user_loss_alpha,
+        "pooling": pooling,
+        "layout": layout.to_dict(),
+        "mixture_strength": mixture,
+        "seed": config.seed,
+        "model": {
+            "name": source.name,
+            "path": local,
+            "label": source.label,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "fingerprint": backbone.fingerprint,
+        },
+        "data": {"source": train.source, "hash": data_hash(list(train))},
+    }
+
+
+def _figures(
+    personal: HeadFit, uniform: HeadFit, sets: list[Examples], parts: list[FrozenFeatures], prior_trials: list[dict[str, float]],
+    train: Comparisons, validation: Comparisons,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "rows": {"train": len(sets[0]), "validation": len(sets[1])},
+        "left_out": {"train": train.dropped_counts, "validation": validation.dropped_counts},
+        "over_long": {"train": sum(parts[0].over_long.values()), "validation": sum(parts[1].over_long.values())},
+        "base_strength": uniform.strength,
+        "user_strength": personal.strength,
+        "validation_log_loss": {"personal": personal.log_loss, "uniform": uniform.log_loss},
+        "validation_accuracy": {"personal": _accuracy(personal, sets[1]), "uniform": _accuracy(uniform, sets[1])},
+        "tried": {"uniform": uniform.tried, "personal": personal.tried, "new_user": prior_trials},
+    }
+
+
+@torch.no_grad()
+def _accuracy(fit: HeadFit, examples: Examples) -> dict[str, Any]:
+    """Share of comparisons with a positive margin, as a figure with Wilson's interval."""
+    right = int(((fit.users(examples.users) * examples.z).sum(1) > 0).sum())
+    found = stats.binomtest(right, len(examples)).proportion_ci(method="wilson")
+    return {"value": right / len(examples), "low": found.low, "high": found.high, "n": len(examples)}
+
+
+def _user_facts(train: FrozenFeatures) -> dict[str, dict[str, Any]]:
+    """Per user id ("" for rows without one): comparisons, over-long ones, how often the longer response was chosen."""
+    by_user: dict[str, list[Comparison]] = defaultdict(list)
+    for row in train.rows:
+        by_user[row.user.id or ""].append(row)
+    return {
+        user: {**length_facts(mine), "over_long": train.over_long.get(user, 0), "origin": "trained"}
+        for user, mine in sorted(by_user.items())
+    }
+
+
+@torch.no_grad()
+def _unscaled(model: UserModel, scale: float) -> Tensor:
+    return model(torch.zeros(1, dtype=torch.int64))[0].clone() / scale
+
+
+@torch.no_grad()
+def _divide(model: UserModel, scale: float) -> None:
+    """From units of scaled features to units of hidden states, so that scores need no scale."""
+    for name, parameter in model.named_parameters():
+        if name != "logits.weight":
+            parameter.div_(scale)
+
+
+def _new_user_settings(
+    personal: HeadFit, sets: list[Examples], config: HeadConfig
+) -> tuple[OffsetPrior | None, float, list[dict[str, float]]]:
+    """Prior of a new user's offset, or strength of a new user's mixture, chosen on validation rows of seen users."""
+    if config.user_model == "uniform":
+        return None, 0.0, []
+    trials = _prior_trials(personal.users, sets, config.seed)
+    if config.user_model == "cluster":
+        strength, tried = _choose_mixture(personal.users, trials)
+        return None, strength, tried
+    with torch.no_grad():
+        rows = torch.arange(1, min(personal.users.users, 10_000))
+        offsets = (personal.users(rows) - personal.users(rows[:1] * 0)).numpy()
+    prior, tried = choose_prior(offsets, trials, personal.strength)
+    return prior, 0.0, tried
+
+
+@torch.no_grad()
+def _prior_trials(model: UserModel, sets: list[Examples], seed: int) -> list[PriorTrial]:
+    """Seen users with enough rows, treated as new: up to 20 of their training rows to fit on, validation to judge."""
+    base = model(torch.zeros(1, dtype=torch.int64))[0]
+    train, held = sets
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    fit_rows, held_rows = _by_user(train.users[order], order), _by_user(held.users, torch.arange(len(held)))
+    eligible = [u for u in fit_rows if u and u < 10_000 and len(fit_rows[u]) >= 5 and u in held_rows]
+    trials = []
+    for user in sorted(eligible, key=lambda u: -len(held_rows[u]))[:TRIAL_USERS]:
+        z, kept = train.z[fit_rows[user][:TRIAL_ROWS]], held.z[held_rows[user]]
+        trials.append(PriorTrial(z.numpy(), (z @ base).numpy(), kept.numpy(), (kept @ base).numpy(), user))
+    return trials
+
+
+def _by_user(users: Tensor, positions: Tensor) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for user, position in zip(users.tolist(), positions.tolist(), strict=True):
+        found[user].append(position)
+    return found
+
+
+@torch.no_grad()
+def _choose_mixture(model: Any, trials: Sequence[PriorTrial]) -> tuple[float, list[dict[str, float]]]:
+    centres, prior = model.centres.numpy(), model.logits.weight[0].numpy()
+    tried = []
+    for strength in MIXTURE_STRENGTHS if trials else ():
+        losses = []
+        for trial in trials:
+            weights = torch.from_numpy(fit_mixture(trial.fit_z @ centres.T, prior, strength)).softmax(0).numpy()
+            losses.append(float(np.logaddexp(0, -(trial.held_z @ centres.T @ weights)).mean()))
+        tried.append({"strength": strength, "log_loss": float(np.mean(losses))})
+    best = min(tried, key=lambda t: t["log_loss"], default={"strength": 1.0})
+    return best["strength"], tried

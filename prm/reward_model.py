@@ -1,0 +1,285 @@
+"""PersonalizedRewardModel: scores and ranks responses per user (P-RM, appendix F.2 of the paper)."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..core import artefact
+from ..core.artefact import ArtefactError
+from ..core.comparisons import Comparison, Prompt, User
+from ..core.pretrained import Backbone, find_model, load_backbone
+from ..core.scoring import Ranking, Scorer, ScoreRequest, ranking
+from ..core.tokenize import RowTokenizer, TextLayout
+from ..core.users import ClusterUsers, UniformUsers, UserIndex, UserModel, make_user_model
+from .features import FeatureStore, extract, pair_rows
+from .new_user import OffsetPrior, fit_mixture, fit_offsets
+
+KIND = "reward_model"
+CHUNK = 16384  # requests that are scored together
+
+
+@dataclass
+class LinearHead:
+    """What a linear-head model holds beside the users' vectors.
+
+    Attributes:
+        uniform: (D,) head of the uniform model trained on the same rows, the baseline of every figure.
+        scale: differences of hidden states are divided by it where heads are fitted.
+        prior: of a new user's offset, in units of scaled features; None where users have no offsets.
+    """
+
+    uniform: Tensor
+    scale: float
+    prior: OffsetPrior | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        prior = self.prior or OffsetPrior(0.0, np.zeros((0, len(self.uniform)), dtype=np.float32))
+        return {
+            "uniform": self.uniform.contiguous(),
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "prior_isotropic": torch.tensor(prior.isotropic, dtype=torch.float64),
+            "prior_factor": torch.from_numpy(np.ascontiguousarray(prior.factor)),
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "LinearHead":
+        isotropic = float(tensors["prior_isotropic"])
+        prior = OffsetPrior(isotropic, tensors["prior_factor"].numpy()) if isotropic else None
+        return cls(tensors["uniform"], float(tensors["scale"]), prior)
+
+
+@dataclass
+class AddedUser:
+    """What `add_user` did.
+
+    Attributes:
+        margins, row0_margins: of each of the user's comparisons when it was held out of the fit, and under row 0.
+        seconds: the fit alone.
+    """
+
+    user_id: str
+    comparisons: int
+    margins: np.ndarray
+    row0_margins: np.ndarray
+    seconds: float
+
+
+@dataclass
+class PersonalizedRewardModel:
+    """Reward `r(x, y, u)` of response y to prompt x for user u, and for the unknown user (row 0).
+
+    With the linear head, `r = <e_u, h>`: h (D,) is the pooled last hidden state of a frozen backbone, e_u the user's
+    vector. A model is also a `Scorer`: call it with requests.
+
+    Attributes:
+        settings: how it was trained, resolved; kept in the artefact.
+        show: whether long work shows its progress.
+    """
+
+    users: UserIndex
+    user_model: UserModel
+    head: LinearHead
+    settings: dict[str, Any]
+    device: str | None = None
+    show: bool = False
+    _backbone: Backbone | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | None = None, show: bool = False) -> "PersonalizedRewardModel":
+        """Loads a trained run.
+
+        Raises:
+            ArtefactError: the folder holds no complete run; names the file. Nothing is ever initialised anew.
+        """
+        folder = Path(folder)
+        manifest = artefact.load(folder, KIND)
+        users = UserIndex.load(folder / "users.json")
+        weights = load_file(folder / "user_model.safetensors")
+        head = LinearHead.of(load_file(folder / "head.safetensors"))
+        made = manifest["settings"]
+        start = torch.zeros_like(head.uniform)
+        model = make_user_model(made["user_model"], len(users), start, **made["user_options"])
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ArtefactError(f"{folder / 'user_model.safetensors'}: does not fit users.json: {error}") from None
+        return cls(users, model, head, made, device, show)
+
+    def save_pretrained(self, folder: str | Path, card: str = "", figures: dict[str, Any] | None = None) -> None:
+        """Writes the run: all of it, or nothing (see `core.artefact`)."""
+        files: dict[str, Callable[[Path], None]] = {
+            "users.json": self.users.save,
+            "user_model.safetensors": lambda path: save_file(dict(self.user_model.state_dict()), path),
+            "head.safetensors": lambda path: save_file(self.head.tensors(), path),
+        }
+        text = card or (Path(folder) / "README.md").read_text(encoding="utf-8")
+        files["README.md"] = lambda path: path.write_text(text, encoding="utf-8") and None
+        facts = {"settings": self.settings, **({"figures": figures} if figures else {})}
+        artefact.save(Path(folder), KIND, facts, files)
+
+    @property
+    def layout(self) -> TextLayout:
+        return TextLayout(**self.settings["layout"])
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen backbone, loaded when it is first needed.
+
+        Raises:
+            ArtefactError: its weights are not those that the heads were trained on.
+        """
+        if self._backbone is None:
+            made = self.settings["model"]
+            self._backbone = load_backbone(find_model(made["path"] or made["name"]), made["dtype"], self.device)
+            if self._backbone.fingerprint != made["fingerprint"]:
+                raise ArtefactError(
+                    f"model {made['name']}: its weights have the fingerprint {self._backbone.fingerprint}, but this run "
+                    f"was trained on {made['fingerprint']} ({made['label']}, {made['dtype']})"
+                )
+        return self._backbone
+
+    def knows(self, user: User) -> bool:
+        return user.id in self.users
+
+    def features(self, texts: Sequence[tuple[Prompt, str, str]]) -> Tensor:
+        """Pooled hidden states of (prompt, user text, response) triples, (len(texts), D) fp32."""
+        if not texts:
+            return torch.zeros(0, len(self.head.uniform))
+        tokenizer = RowTokenizer(self.backbone.tokenizer, self.layout)
+        rows = tokenizer.rows([t[0] for t in texts], [t[2] for t in texts], [t[1] for t in texts])
+        store = FeatureStore.of(self.backbone)
+        return store.gather(extract(self.backbone, rows, store, self.show), self.settings["pooling"])
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Tensor]:
+        """Scores of each request's responses, one (N,) fp32 tensor each; unknown users by row 0.
+
+        A response is run through the backbone once, however many users and requests it occurs in, as long as no text
+        about a user is part of the input.
+        """
+        return self._score(requests, self.user_model)
+
+    __call__ = score
+
+    def uniform_scorer(self) -> Scorer:
+        """The uniform model that was trained on the same rows."""
+        uniform = UniformUsers(1, self.head.uniform)
+        nobody = UserIndex()
+        return lambda requests: self._score(requests, uniform, nobody)
+
+    @torch.no_grad()
+    def _score(self, requests: Sequence[ScoreRequest], model: UserModel, users: UserIndex | None = None) -> list[Tensor]:
+        index = users if users is not None else self.users
+        scores: list[Tensor] = []
+        for start in range(0, len(requests), CHUNK):
+            chunk = requests[start : start + CHUNK]
+            places, texts = self._distinct(chunk)
+            states = self.features(texts)  # (n, D)
+            rows, which = index.rows([r.user.id for r in chunk]).unique(return_inverse=True)
+            vectors = model(rows)  # (users of the chunk, D)
+            scores += [states[at] @ vectors[i] for at, i in zip(places, which.tolist(), strict=True)]
+        return scores
+
+    def _distinct(self, requests: Sequence[ScoreRequest]) -> tuple[list[list[int]], list[tuple[Prompt, str, str]]]:
+        """Each request's positions in the list of distinct texts, and that list."""
+        texts: dict[tuple[str, str, str], int] = {}
+        triples: list[tuple[Prompt, str, str]] = []
+        reads_text = self.layout.user_text == "input"
+        places = []
+        for request in requests:
+            about, prompt, at = request.user.text if reads_text else "", str(request.prompt), []
+            for response in request.responses:
+                key = (prompt, about, response)
+                if key not in texts:
+                    texts[key] = len(triples)
+                    triples.append((request.prompt, about, response))
+                at.append(texts[key])
+            places.append(at)
+        return places, triples
+
+    def rank(self, prompt: Prompt, responses: Sequence[str], users: Iterable[str | User | None]) -> list[Ranking]:
+        """The responses in the order that each user likes them; `user_known` is False where row 0 decided."""
+        asked = [user if isinstance(user, User) else User(user) for user in users]
+        requests = [ScoreRequest(user, prompt, responses) for user in asked]
+        scored = zip(requests, self.score(requests), strict=True)
+        return [ranking(request, scores, self.knows(request.user)) for request, scores in scored]
+
+    def add_user(self, user_id: str, rows: Sequence[Comparison], replace: bool = False, folds: int = 10) -> AddedUser:
+        """Adds a user by a convex fit of their own part on their comparisons, everything else frozen.
+
+        Raises:
+            ValueError: the user is there already and `replace` is off, no comparisons, or the run has no user vectors.
+        """
+        if user_id in self.users and not replace:
+            raise ValueError(f"user {user_id!r} is in this run already; fit them anew with --replace")
+        if not rows:
+            raise ValueError(f"user {user_id!r}: no comparisons to fit on")
+        z = self.scaled_differences(rows)
+        begun = time.perf_counter()
+        own = self._fit(z)
+        seconds = time.perf_counter() - begun
+        held = np.empty(len(z))
+        for fold in range(min(folds, len(z))):
+            out = np.arange(len(z)) % min(folds, len(z)) == fold
+            held[out] = z[out] @ self._vector(self._fit(z[~out]))
+        self._write_row(user_id, torch.from_numpy(own).float())
+        self.users.facts[user_id] = {**length_facts(rows), "origin": "added"}
+        return AddedUser(user_id, len(z), held, z @ self._row0(), seconds)
+
+    def scaled_differences(self, rows: Sequence[Comparison]) -> np.ndarray:
+        """(B, D) differences chosen - rejected of pooled hidden states, in the units that heads are fitted in."""
+        token_rows, pairs = pair_rows(rows, RowTokenizer(self.backbone.tokenizer, self.layout))
+        store = FeatureStore.of(self.backbone)
+        at = extract(self.backbone, token_rows, store, self.show)
+        chosen, rejected = (store.gather(at[pairs[:, side]], self.settings["pooling"]) for side in (0, 1))
+        return ((chosen - rejected) / self.head.scale).numpy()
+
+    @torch.no_grad()
+    def _row0(self) -> np.ndarray:
+        """e_0 in units of scaled features, (D,)."""
+        return (self.user_model(torch.zeros(1, dtype=torch.int64))[0] * self.head.scale).numpy()
+
+    def _fit(self, z: np.ndarray) -> np.ndarray:
+        """A new user's own row of the table: offset (D,) or cluster logits (C,), from z (k, D)."""
+        if isinstance(self.user_model, ClusterUsers):
+            centres = self.user_model.centres.detach().numpy() * self.head.scale  # (C, D)
+            prior = self.user_model.logits.weight[0].detach().numpy()
+            return fit_mixture(z @ centres.T, prior, self.settings["mixture_strength"])
+        if self.head.prior is None:
+            raise ValueError("this run has one vector for all users, so there is nothing to fit for a new one")
+        offset = fit_offsets(z[None], (z @ self._row0())[None], self.head.prior)[0]
+        return offset / self.head.scale
+
+    @torch.no_grad()
+    def _vector(self, own: np.ndarray) -> np.ndarray:
+        """The vector (D,) that a fitted row stands for, in units of scaled features."""
+        if isinstance(self.user_model, ClusterUsers):
+            weights = torch.from_numpy(own).float().softmax(0)
+            return (weights @ self.user_model.centres).numpy() * self.head.scale
+        return own * self.head.scale + self._row0()
+
+    @torch.no_grad()
+    def _write_row(self, user_id: str, own: Tensor) -> None:
+        if user_id not in self.users:
+            self.user_model.add_row(own)
+            self.users.add(user_id)
+            return
+        table = self.user_model.logits if isinstance(self.user_model, ClusterUsers) else self.user_model.offsets
+        whole = own if isinstance(self.user_model, ClusterUsers) or self.user_model.shared else own + table.weight[0]
+        table.weight[self.users.row(user_id)] = whole
+
+
+def length_facts(rows: Sequence[Comparison]) -> dict[str, int]:
+    """What the length rules of the evaluation need to know of a user's training rows."""
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        counts["longer_chosen"] += len(row.chosen) > len(row.rejected)
+        counts["shorter_chosen"] += len(row.chosen) < len(row.rejected)
+    return {"comparisons": len(rows), **counts}
