@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callable[[Path], None]]) -> None:
+def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callable[[Path], Any]]) -> None:
     """Writes or updates an artefact.
 
     Args:
@@ -78,7 +78,9 @@ def load(folder: Path, kind: str) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ArtefactError(f"{folder}: no {MANIFEST} in it, so it is no finished run; train one with `prlhf prm train`")
+        raise ArtefactError(
+            f"{folder}: no {MANIFEST} in it, so it is no finished run; train one with `prlhf prm train`"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         listed, found = manifest["files"], (manifest["kind"], manifest["format"])
@@ -102,7 +104,9 @@ def _check_file(folder: Path, name: str, description: dict[str, Any]) -> None:
     seen = _describe(path)
     if seen != description:
         what = "cut or longer" if seen["bytes"] != description["bytes"] else "changed"
-        raise ArtefactError(f"{path}: {what} since it was written ({seen['bytes']} bytes, expected {description['bytes']})")
+        raise ArtefactError(
+            f"{path}: {what} since it was written ({seen['bytes']} bytes, expected {description['bytes']})"
+        )
 
 
 @contextmanager
@@ -112,7 +116,9 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ArtefactError(f"{folder}: another process is writing to it; wait for it, or give another folder") from None
+        raise ArtefactError(
+            f"{folder}: another process is writing to it; wait for it, or give another folder"
+        ) from None
     try:
         yield
     finally:

@@ -163,7 +163,7 @@ def _convert_gguf(gguf: Path, out: Path) -> None:
     del config.quantization_config
     config._name_or_path = EXAMPLE_MODEL
     config.dtype = torch.bfloat16
-    model = type(loaded)(config)
+    model: Any = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -37,7 +37,9 @@ class SplitPlan:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), found {getattr(self, name)}")
         if self.validation + self.test_share >= 1:
-            raise ValueError(f"validation and test together leave nothing to train on ({self.validation} + {self.test_share})")
+            raise ValueError(
+                f"validation and test together leave nothing to train on ({self.validation} + {self.test_share})"
+            )
         if self.folds and not 1 <= self.fold <= self.folds:
             raise ValueError(f"fold must lie between 1 and {self.folds}, found {self.fold}")
 

@@ -184,7 +184,9 @@ class RowTokenizer:
                 return closing
         end = self.tokenizer.eos_token_id
         if end is None:
-            raise ValueError("the tokenizer has neither a chat template nor an end-of-sequence token to close a response")
+            raise ValueError(
+                "the tokenizer has neither a chat template nor an end-of-sequence token to close a response"
+            )
         return (end,)
 
 

@@ -98,9 +98,9 @@ class UserModel(nn.Module):
         """What `make_user_model` needs beside users and start to build the same model."""
         return {}
 
-    def add_row(self, row: Tensor) -> None:
-        """Appends a user: the offset or the cluster logits that a fit of this user gave."""
-        raise ValueError(f"the {self.name} user model has no room for a user of one's own")
+    def put_row(self, at: int, own: Tensor) -> None:
+        """Writes what a fit of one user gave, an offset from row 0 or cluster logits; `at` = U appends a user."""
+        raise ValueError(f"the {self.name} user model has one embedding for all, so no user can be added")
 
     def spread(self) -> Tensor:
         """How far each user's embedding is from row 0's, in the norm of e_0: (U,)."""
@@ -153,11 +153,10 @@ class IndividualizedUsers(UserModel):
     def options(self) -> dict[str, Any]:
         return {"shared": self.shared}
 
-    def add_row(self, row: Tensor) -> None:
-        if not self.shared:  # the fit gives an offset from row 0, the table holds whole embeddings
-            row = row + self.offsets.weight[0].detach()
-        self.offsets = _longer(self.offsets, row)
-        self.users += 1
+    def put_row(self, at: int, own: Tensor) -> None:
+        # Without e_0 the table holds whole embeddings.
+        self.offsets = _with_row(self.offsets, at, own if self.shared else own + self.offsets.weight[0].detach())
+        self.users = len(self.offsets.weight)
 
 
 class ClusterUsers(UserModel):
@@ -190,14 +189,15 @@ class ClusterUsers(UserModel):
     def options(self) -> dict[str, Any]:
         return {"clusters": self.clusters, "noise": self.noise, "seed": self.seed}
 
-    def add_row(self, row: Tensor) -> None:
-        self.logits = _longer(self.logits, row)
-        self.users += 1
+    def put_row(self, at: int, own: Tensor) -> None:
+        self.logits = _with_row(self.logits, at, own)
+        self.users = len(self.logits.weight)
 
 
-def _longer(table: nn.Embedding, row: Tensor) -> nn.Embedding:
-    weight = torch.cat([table.weight.detach(), row.detach().reshape(1, -1).to(table.weight)])
-    return nn.Embedding(*weight.shape, padding_idx=table.padding_idx, _weight=weight)
+def _with_row(table: nn.Embedding, at: int, row: Tensor) -> nn.Embedding:
+    weight = table.weight.detach()
+    new = torch.cat([weight[:at], row.detach().reshape(1, -1).to(weight), weight[at + 1 :]])
+    return nn.Embedding(len(new), new.shape[1], padding_idx=table.padding_idx, _weight=new)
 
 
 USER_MODELS: dict[str, type[UserModel]] = {

@@ -80,8 +80,8 @@ def evaluate(
     by_model = _all_margins(name, scorer, rows, users, known, baselines, directions)
     correct = {model: np.mean([accuracies(m) for m in each], axis=0) for model, each in by_model.items()}
     table = _user_table(name, users, seen, correct, _groups(rows, group_column))
-    unit, clusters = resampling_units([u.id for u in users], [prompt_text(row.prompt) for row in rows])
-    clusters = np.asarray(clusters, dtype=object)
+    unit, drawn = resampling_units([u.id for u in users], [prompt_text(row.prompt) for row in rows])
+    clusters = np.asarray(drawn, dtype=object)
     own, row0 = by_model[name][0], by_model["row0"][0]
     figures = {
         "rows": len(rows),
@@ -136,7 +136,9 @@ def _accuracy(
         figures[model] = {
             "top": clustered_mean(values[seen], clusters[seen]),
             # A model without user vectors is its own row 0.
-            "top_row0": clustered_mean(correct["row0" if model in (name, "shuffled_users") else model][seen], clusters[seen]),
+            "top_row0": clustered_mean(
+                correct["row0" if model in (name, "shuffled_users") else model][seen], clusters[seen]
+            ),
             "generic": clustered_mean(values[~seen], clusters[~seen]),
             "average": _averages(table, model),
         }
@@ -151,10 +153,13 @@ def _averages(table: pd.DataFrame, model: str) -> dict[str, Figure]:
 
 def _groups(rows: Sequence[Comparison], column: str | None) -> dict[str, str]:
     """User -> group; a user belongs to the group of their first row."""
+    if column is None:
+        return {}
     groups: dict[str, str] = {}
-    for row in rows if column else ():
+    for row in rows:
         if column not in row.extra:
-            raise ValueError(f"--group {column}: no such column in {row.place}; columns are {', '.join(row.extra) or 'none'}")
+            columns = ", ".join(row.extra) or "none"
+            raise ValueError(f"--group {column}: no such column in {row.place}; columns are {columns}")
         groups.setdefault(row.user.id or "", str(row.extra[column]))
     return groups
 

@@ -31,7 +31,7 @@ _PLACES = {
     "rerank": "bestofn.rerank",
 }
 
-__all__ = ["__version__", *sorted(_PLACES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PLACES)]
 
 if TYPE_CHECKING:
     from .bestofn.rerank import rerank as rerank

@@ -1,7 +1,7 @@
 """The settings of `prlhf prm train`; each field is a flag and a key of the `--config` file."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..core.tokenize import TextLayout
 from .heads import HeadConfig
@@ -11,12 +11,16 @@ from .heads import HeadConfig
 class RewardArguments:
     """Data, model and user model of a personalized reward model on a frozen backbone."""
 
-    model: str = field(metadata={"help": "Folder or hub name of a decoder, or of a stock reward model (its head is e_0)."})
+    model: str = field(
+        metadata={"help": "Folder or hub name of a decoder, or of a stock reward model (its head is e_0)."}
+    )
     data: str = field(metadata={"help": "Training comparisons: file, saved datasets folder, or hub name[:split]."})
     output_dir: str = field(metadata={"help": "Folder of the run."})
     eval_data: str | None = field(
         default=None,
-        metadata={"help": "Validation comparisons, on which everything is chosen; by default 10 % of the training prompts."},
+        metadata={
+            "help": "Validation comparisons, on which everything is chosen; by default 10 % of the training prompts."
+        },
     )
     aggregator: Literal["linear_head"] = field(default="linear_head", metadata={"help": "How user and response meet."})
     user_model: Literal["individualized", "cluster", "uniform"] = field(
@@ -26,16 +30,21 @@ class RewardArguments:
     user_shared: bool = field(
         default=True, metadata={"help": "False: individualized users without the shared e_0 (the paper's ablation)."}
     )
-    user_loss_alpha: float = field(default=0.5, metadata={"help": "Weight of the loss with the user; the rest is row 0's."})
+    user_loss_alpha: float = field(
+        default=0.5, metadata={"help": "Weight of the loss with the user; the rest is row 0's."}
+    )
     pooling: Literal["last", "mean"] | None = field(
         default=None,
-        metadata={"help": "Hidden state of a response: mean over its tokens (default), or its last token (reward models)."},
+        metadata={
+            "help": "Hidden state of a response: mean over its tokens (default), or its last token (reward models)."
+        },
     )
     user_text: Literal["input", "ignore"] = field(
         default="input", metadata={"help": "Whether the text about a user is part of the input."}
     )
     chat_template: Literal["chat", "none"] = field(
-        default="chat", metadata={"help": "Put plain prompts into the tokenizer's chat template where it has one, or not."}
+        default="chat",
+        metadata={"help": "Put plain prompts into the tokenizer's chat template where it has one, or not."},
     )
     max_length: int = field(default=2048, metadata={"help": "Longest row in tokens."})
     over_long: Literal["truncate", "drop", "refuse"] = field(
@@ -68,7 +77,7 @@ class RewardArguments:
         return TextLayout(self.chat_template, self.user_text, self.max_length, self.over_long)
 
     def head_config(self) -> HeadConfig:
-        options = {
+        options: dict[str, dict[str, Any]] = {
             "cluster": {"clusters": self.user_clusters, "seed": self.seed},
             "individualized": {"shared": self.user_shared},
             "uniform": {},

@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from .reward_model import PersonalizedRewardModel
-
 _CARD = """---
 library_name: prlhf
 tags: [prlhf, reward-model, personalization]
@@ -24,7 +22,7 @@ model.rank("prompt", ["one response", "another"], users=["a user id"])[0].best
 
 | | |
 | --- | --- |
-| trained on | {train:,} comparisons, {users:,} users, data hash `{data}` |
+| trained on | {train:,} comparisons; {users:,} users now known; data hash `{data}` |
 | chosen on | {validation:,} validation comparisons |
 | validation log loss | {personal:.4f} personal, {uniform:.4f} uniform |
 | weight of the user's loss (alpha) | {alpha} |
@@ -36,17 +34,19 @@ The user vectors are personal data.
 """
 
 
-def card(model: PersonalizedRewardModel, figures: dict[str, Any]) -> str:
-    """README.md of a run."""
-    spread = model.user_model.spread()[1:].numpy()
-    made = model.settings
+def card(settings: dict[str, Any], figures: dict[str, Any], spread: np.ndarray) -> str:
+    """README.md of a run.
+
+    Args:
+        spread: (U - 1,) distance of each user's vector from row 0, relative to row 0's norm.
+    """
     return _CARD.format(
-        label=made["model"]["label"],
-        user_model=made["user_model"],
-        pooling=made["pooling"],
-        users=len(model.users) - 1,
-        data=made["data"]["hash"],
-        alpha=made["user_loss_alpha"],
+        label=settings["model"]["label"],
+        user_model=settings["user_model"],
+        pooling=settings["pooling"],
+        users=len(spread),
+        data=settings["data"]["hash"],
+        alpha=settings["user_loss_alpha"],
         median=float(np.median(spread)) if len(spread) else 0.0,
         largest=float(spread.max()) if len(spread) else 0.0,
         base_strength=figures["base_strength"],

@@ -162,9 +162,7 @@ def extract(backbone: Backbone, rows: Sequence[TokenRow], store: FeatureStore, s
     return store.positions(keys)
 
 
-def pair_rows(
-    rows: Sequence[Comparison], tokenizer: RowTokenizer
-) -> tuple[list[TokenRow], np.ndarray]:
+def pair_rows(rows: Sequence[Comparison], tokenizer: RowTokenizer) -> tuple[list[TokenRow], np.ndarray]:
     """Tokenizes comparisons.
 
     Returns:

@@ -40,7 +40,9 @@ class FrozenFeatures:
     over_long: dict[str, int]
 
 
-def frozen_features(rows: Comparisons, backbone: Backbone, layout: TextLayout, pooling: str, show: bool) -> FrozenFeatures:
+def frozen_features(
+    rows: Comparisons, backbone: Backbone, layout: TextLayout, pooling: str, show: bool
+) -> FrozenFeatures:
     """Runs the backbone over all responses of the comparisons (from the cache where they are there).
 
     Raises:
@@ -89,7 +91,7 @@ def fit_reward_model(
     pooling: str | None,
     config: HeadConfig,
     show: bool = False,
-) -> tuple[PersonalizedRewardModel, dict[str, Any]]:
+) -> PersonalizedRewardModel:
     """Trains a personalized reward model with linear heads on a frozen backbone.
 
     Args:
@@ -97,7 +99,7 @@ def fit_reward_model(
         pooling: `last`, `mean`, or None for what suits the backbone (`last` for a stock reward model).
 
     Returns:
-        the model, and the figures of its training (chosen strengths, every candidate, rows cut or dropped per user).
+        the model; its `figures` hold the chosen strengths, every candidate, and the rows that were cut or dropped.
     """
     pooling = pooling or default_pooling(backbone)
     if pooling not in POOLINGS:
@@ -116,19 +118,22 @@ def fit_reward_model(
     start = backbone.score * scale if backbone.score is not None else torch.zeros(backbone.hidden_size)
     personal, uniform = fit_heads(sets[0], sets[1], len(users), start, config, show)
     prior, mixture, prior_trials = _new_user_settings(personal, sets, config)
-    figures = _figures(personal, uniform, sets, parts, prior_trials, train, validation)
+    left_out = [train.dropped_counts, validation.dropped_counts]
+    figures = _figures(personal, uniform, sets, parts, prior_trials, left_out)
     settings = _settings(backbone, resolved, pooling, config, personal, mixture, train)
     head = LinearHead(_unscaled(uniform.users, scale), scale, prior)
     _divide(personal.users, scale)
     users.facts = _user_facts(parts[0])
-    return PersonalizedRewardModel(users, personal.users, head, settings, show=show, _backbone=backbone), figures
+    return PersonalizedRewardModel(users, personal.users, head, settings, figures, show=show, _backbone=backbone)
 
 
 def _tell_over_long(name: str, over_long: dict[str, int], layout: TextLayout) -> None:
     if over_long:
         top = ", ".join(f"{user or '(no user)'} {n}" for user, n in sorted(over_long.items(), key=lambda c: -c[1])[:5])
         verb = {"truncate": "truncated", "drop": "dropped"}[layout.over_long]
-        print(f"{name}: {sum(over_long.values()):,} rows over {layout.max_length} tokens {verb} ({top})", file=sys.stderr)
+        print(
+            f"{name}: {sum(over_long.values()):,} rows over {layout.max_length} tokens {verb} ({top})", file=sys.stderr
+        )
 
 
 def default_pooling(backbone: Backbone) -> str:
@@ -137,7 +142,13 @@ def default_pooling(backbone: Backbone) -> str:
 
 
 def _settings(
-    backbone: Backbone, layout: TextLayout, pooling: str, config: HeadConfig, personal: HeadFit, mixture: float, train: Comparisons
+    backbone: Backbone,
+    layout: TextLayout,
+    pooling: str,
+    config: HeadConfig,
+    personal: HeadFit,
+    mixture: float,
+    train: Comparisons,
 ) -> dict[str, Any]:
     source = backbone.source
     local = str(source.path.resolve()) if source.origin.startswith(f"model {source.name}: local folder") else ""
@@ -162,12 +173,16 @@ def _settings(
 
 
 def _figures(
-    personal: HeadFit, uniform: HeadFit, sets: list[Examples], parts: list[FrozenFeatures], prior_trials: list[dict[str, float]],
-    train: Comparisons, validation: Comparisons,
-) -> dict[str, Any]:  # fmt: skip
+    personal: HeadFit,
+    uniform: HeadFit,
+    sets: list[Examples],
+    parts: list[FrozenFeatures],
+    prior_trials: list[dict[str, float]],
+    left_out: list[dict[str, int]],
+) -> dict[str, Any]:
     return {
         "rows": {"train": len(sets[0]), "validation": len(sets[1])},
-        "left_out": {"train": train.dropped_counts, "validation": validation.dropped_counts},
+        "left_out": {"train": left_out[0], "validation": left_out[1]},
         "over_long": {"train": sum(parts[0].over_long.values()), "validation": sum(parts[1].over_long.values())},
         "base_strength": uniform.strength,
         "user_strength": personal.strength,

@@ -36,10 +36,10 @@ class HeadConfig:
 
     user_model: str = "individualized"
     user_loss_alpha: float = 0.5
-    base_strengths: Sequence[float] = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-    user_strengths: Sequence[float] = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+    base_strengths: Sequence[float] = (0.1, 1.0, 10.0, 100.0, 1000.0)
+    user_strengths: Sequence[float] = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
     user_options: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     batch_size: int = 256
     max_epochs: int = 100
     patience: int = 8
@@ -65,7 +65,7 @@ class Examples:
 
 @dataclass
 class HeadFit:
-    """A trained user model (in units of scaled features), the strength that was chosen, and every candidate's figures."""
+    """A trained user model in units of scaled features, the strength that was chosen, and every candidate's figures."""
 
     users: UserModel
     strength: float
@@ -249,7 +249,10 @@ def fit_heads(
         best, loss, epoch = train(steps, train_set, validation, config)
         tried = {"base_strength": base, "user_strength": strength, "log_loss": loss, "epoch": epoch}
         if show:
-            print(f"  {name}: strength {strength or base:g}: validation log loss {loss:.4f}, epoch {epoch}", file=sys.stderr)
+            print(
+                f"  {name}: strength {strength or base:g}: validation log loss {loss:.4f}, epoch {epoch}",
+                file=sys.stderr,
+            )
         return best, tried
 
     uniform = _best([attempt("uniform", start, base, 0.0) for base in config.base_strengths], "base_strength")

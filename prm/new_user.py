@@ -149,7 +149,9 @@ WEIGHTS = (0.0, 1.0, 4.0, 16.0)
 FOLDS = 8
 
 
-def choose_prior(offsets: np.ndarray, trials: Sequence[PriorTrial], strength: float) -> tuple[OffsetPrior, list[dict[str, float]]]:
+def choose_prior(
+    offsets: np.ndarray, trials: Sequence[PriorTrial], strength: float
+) -> tuple[OffsetPrior, list[dict[str, float]]]:
     """Chooses the prior under which seen users, treated as new ones, predict their validation rows best.
 
     A user's own trained offset never helps to make the prior that they are judged by.

@@ -19,6 +19,7 @@ from ..core.pretrained import Backbone, find_model, load_backbone
 from ..core.scoring import Ranking, Scorer, ScoreRequest, ranking
 from ..core.tokenize import RowTokenizer, TextLayout
 from ..core.users import ClusterUsers, UniformUsers, UserIndex, UserModel, make_user_model
+from .card import card
 from .features import FeatureStore, extract, pair_rows
 from .new_user import OffsetPrior, fit_mixture, fit_offsets
 
@@ -80,7 +81,8 @@ class PersonalizedRewardModel:
     vector. A model is also a `Scorer`: call it with requests.
 
     Attributes:
-        settings: how it was trained, resolved; kept in the artefact.
+        settings: how it was trained, resolved; kept in the artefact, like
+        figures: what training measured, on its validation rows.
         show: whether long work shows its progress.
     """
 
@@ -88,12 +90,15 @@ class PersonalizedRewardModel:
     user_model: UserModel
     head: LinearHead
     settings: dict[str, Any]
+    figures: dict[str, Any]
     device: str | None = None
     show: bool = False
     _backbone: Backbone | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | None = None, show: bool = False) -> "PersonalizedRewardModel":
+    def from_pretrained(
+        cls, folder: str | Path, device: str | None = None, show: bool = False
+    ) -> "PersonalizedRewardModel":
         """Loads a trained run.
 
         Raises:
@@ -111,19 +116,19 @@ class PersonalizedRewardModel:
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise ArtefactError(f"{folder / 'user_model.safetensors'}: does not fit users.json: {error}") from None
-        return cls(users, model, head, made, device, show)
+        return cls(users, model, head, made, manifest["figures"], device, show)
 
-    def save_pretrained(self, folder: str | Path, card: str = "", figures: dict[str, Any] | None = None) -> None:
-        """Writes the run: all of it, or nothing (see `core.artefact`)."""
-        files: dict[str, Callable[[Path], None]] = {
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the run with its model card: all of it, or nothing (see `core.artefact`)."""
+        spread = self.user_model.spread()[1:].numpy()
+        text = card(self.settings, self.figures, spread)
+        files: dict[str, Callable[[Path], Any]] = {
             "users.json": self.users.save,
             "user_model.safetensors": lambda path: save_file(dict(self.user_model.state_dict()), path),
             "head.safetensors": lambda path: save_file(self.head.tensors(), path),
+            "README.md": lambda path: path.write_text(text, encoding="utf-8"),
         }
-        text = card or (Path(folder) / "README.md").read_text(encoding="utf-8")
-        files["README.md"] = lambda path: path.write_text(text, encoding="utf-8") and None
-        facts = {"settings": self.settings, **({"figures": figures} if figures else {})}
-        artefact.save(Path(folder), KIND, facts, files)
+        artefact.save(Path(folder), KIND, {"settings": self.settings, "figures": self.figures}, files)
 
     @property
     def layout(self) -> TextLayout:
@@ -141,8 +146,8 @@ class PersonalizedRewardModel:
             self._backbone = load_backbone(find_model(made["path"] or made["name"]), made["dtype"], self.device)
             if self._backbone.fingerprint != made["fingerprint"]:
                 raise ArtefactError(
-                    f"model {made['name']}: its weights have the fingerprint {self._backbone.fingerprint}, but this run "
-                    f"was trained on {made['fingerprint']} ({made['label']}, {made['dtype']})"
+                    f"model {made['name']}: its weights have the fingerprint {self._backbone.fingerprint}, but this "
+                    f"run was trained on {made['fingerprint']} ({made['label']}, {made['dtype']})"
                 )
         return self._backbone
 
@@ -175,7 +180,9 @@ class PersonalizedRewardModel:
         return lambda requests: self._score(requests, uniform, nobody)
 
     @torch.no_grad()
-    def _score(self, requests: Sequence[ScoreRequest], model: UserModel, users: UserIndex | None = None) -> list[Tensor]:
+    def _score(
+        self, requests: Sequence[ScoreRequest], model: UserModel, users: UserIndex | None = None
+    ) -> list[Tensor]:
         index = users if users is not None else self.users
         scores: list[Tensor] = []
         for start in range(0, len(requests), CHUNK):
@@ -217,6 +224,8 @@ class PersonalizedRewardModel:
         Raises:
             ValueError: the user is there already and `replace` is off, no comparisons, or the run has no user vectors.
         """
+        if isinstance(self.user_model, UniformUsers):
+            raise ValueError("this run has one vector for all users (user model uniform), so no user can be added")
         if user_id in self.users and not replace:
             raise ValueError(f"user {user_id!r} is in this run already; fit them anew with --replace")
         if not rows:
@@ -229,7 +238,8 @@ class PersonalizedRewardModel:
         for fold in range(min(folds, len(z))):
             out = np.arange(len(z)) % min(folds, len(z)) == fold
             held[out] = z[out] @ self._vector(self._fit(z[~out]))
-        self._write_row(user_id, torch.from_numpy(own).float())
+        at = self.users.row(user_id) or self.users.add(user_id)
+        self.user_model.put_row(at, torch.from_numpy(own).float())
         self.users.facts[user_id] = {**length_facts(rows), "origin": "added"}
         return AddedUser(user_id, len(z), held, z @ self._row0(), seconds)
 
@@ -252,8 +262,7 @@ class PersonalizedRewardModel:
             centres = self.user_model.centres.detach().numpy() * self.head.scale  # (C, D)
             prior = self.user_model.logits.weight[0].detach().numpy()
             return fit_mixture(z @ centres.T, prior, self.settings["mixture_strength"])
-        if self.head.prior is None:
-            raise ValueError("this run has one vector for all users, so there is nothing to fit for a new one")
+        assert self.head.prior is not None  # individualized runs always have one
         offset = fit_offsets(z[None], (z @ self._row0())[None], self.head.prior)[0]
         return offset / self.head.scale
 
@@ -264,16 +273,6 @@ class PersonalizedRewardModel:
             weights = torch.from_numpy(own).float().softmax(0)
             return (weights @ self.user_model.centres).numpy() * self.head.scale
         return own * self.head.scale + self._row0()
-
-    @torch.no_grad()
-    def _write_row(self, user_id: str, own: Tensor) -> None:
-        if user_id not in self.users:
-            self.user_model.add_row(own)
-            self.users.add(user_id)
-            return
-        table = self.user_model.logits if isinstance(self.user_model, ClusterUsers) else self.user_model.offsets
-        whole = own if isinstance(self.user_model, ClusterUsers) or self.user_model.shared else own + table.weight[0]
-        table.weight[self.users.row(user_id)] = whole
 
 
 def length_facts(rows: Sequence[Comparison]) -> dict[str, int]:

@@ -82,9 +82,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
-                odd = "" in row or any(value is None for value in row.values())
-                wrong = Problem(place, "line", f"has another number of cells than the header ({len(reader.fieldnames or [])})")
-                yield place, wrong if odd else row
+                if "" in row or any(value is None for value in row.values()):
+                    cells = len(reader.fieldnames or [])
+                    yield place, Problem(place, "line", f"has another number of cells than the header's {cells}")
+                else:
+                    yield place, row
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: line: not CSV: {error}") from None
 
@@ -113,7 +115,7 @@ def _dataset_rows(source: str) -> Iterator[Row]:
         kinds = ", ".join(SUFFIXES)
         reason = (str(error).splitlines() or [""])[0][:200]
         raise DataError(
-            f"{source}: neither a file ({kinds}), a folder saved by datasets, nor a data set that the hub gave: {reason}"
+            f"{source}: neither a file ({kinds}), nor a folder saved by datasets, nor given by the hub: {reason}"
         ) from None
     if isinstance(data, DatasetDict):
         if split not in data and len(data) > 1:

@@ -18,7 +18,8 @@ app = typer.Typer(help="Best-of-n per user.", no_args_is_help=True)
 Run = Annotated[Path, typer.Argument(help="Folder of a reward-model run.")]
 CandidateFile = Annotated[Path, typer.Option("--candidates", help='JSONL: {"prompt": ..., "responses": [...]}.')]
 Users = Annotated[
-    list[str], typer.Option(help="Ids, comma-separated or repeated; `all`; or a .jsonl file with user_id and user_text.")
+    list[str],
+    typer.Option(help="Ids, comma-separated or repeated; `all`; or a .jsonl file with user_id and user_text."),
 ]
 
 
@@ -39,13 +40,19 @@ def score(
     store = JsonlStore(out)
     strangers = set(store) - keys
     if strangers:
-        raise ValueError(f"--out {out}: holds {len(strangers)} lines of another run, other users or other candidates; give another file")
+        whose = "another run, other users or other candidates"
+        raise ValueError(f"--out {out}: holds {len(strangers)} lines of {whose}; give another file")
     done = len(store)
     for c in prompts:
         todo = [user for user in asked if record_key(identity, user, c.prompt, c.responses) not in store]
         rankings = _rank(model, [c], todo)
         records = [_record(r) for r in rankings]
-        store.append(*[{"key": record_key(identity, r.user, c.prompt, c.responses), **rec} for r, rec in zip(rankings, records, strict=True)])
+        store.append(
+            *[
+                {"key": record_key(identity, r.user, c.prompt, c.responses), **rec}
+                for r, rec in zip(rankings, records, strict=True)
+            ]
+        )
     tell(f"{out}: {len(store):,} lines, {len(store) - done:,} of them new")
 
 
@@ -73,7 +80,9 @@ def rerank(
         _show(records)
 
 
-def _open(run: Path, candidates: Path, users: list[str]) -> "tuple[PersonalizedRewardModel, list[Candidates], list[User]]":
+def _open(
+    run: Path, candidates: Path, users: list[str]
+) -> "tuple[PersonalizedRewardModel, list[Candidates], list[User]]":
     from prlhf.bestofn.rerank import read_candidates
     from prlhf.prm.reward_model import PersonalizedRewardModel
 

@@ -52,7 +52,10 @@ def stats(
         ("rows per user: min, median, max", " / ".join(f"{per_user[k]:,.0f}" for k in ("min", "median", "max"))),
         ("distinct prompts", f"{figures['prompts']:,}"),
         ("prompts that several users judged", f"{figures['shared_prompts']:,}"),
-        ("words: prompt, chosen, rejected (mean)", " / ".join(f"{words[k]:.0f}" for k in ("prompt", "chosen", "rejected"))),
+        (
+            "words: prompt, chosen, rejected (mean)",
+            " / ".join(f"{words[k]:.0f}" for k in ("prompt", "chosen", "rejected")),
+        ),
         ("chosen is the longer one", percent(figures["longer_chosen"])),
         ("users with a text about them", f"{figures['users_with_text']:,}"),
     ]
@@ -103,7 +106,9 @@ def split(
     test: Annotated[float, typer.Option(help="Share of the rows.")] = 0.2,
     unseen_users: Annotated[float, typer.Option(help="Share of users kept out of train and validation.")] = 0.0,
     seed: int = 0,
-    fold: Annotated[str, typer.Option(help="K/N: the test part is the K-th of N equal parts (in place of --test).")] = "",
+    fold: Annotated[
+        str, typer.Option(help="K/N: the test part is the K-th of N equal parts (in place of --test).")
+    ] = "",
     columns: Columns = None,
     missing_user: MissingUser = "refuse",
     max_bad_rows: MaxBadRows = 0,
@@ -114,7 +119,8 @@ def split(
     Rows of unseen users that do not fall into the test part go to onboarding.parquet: comparisons to give such a user
     later, with `prlhf users add`.
     """
-    from prlhf.core.splits import SplitPlan, data_hash, split as split_rows, write_parquet
+    from prlhf.core.splits import SplitPlan, data_hash, write_parquet
+    from prlhf.core.splits import split as split_rows
 
     k, n = _fold(fold)
     rows = load(source, columns, max_bad_rows, missing_user)
@@ -132,7 +138,11 @@ def split(
     if json:
         print_json(made)
     else:
-        table(f"{out} (by {by}, seed {seed})", ["part", "rows", "users"], [(p, s["rows"], s["users"]) for p, s in sizes.items()])
+        table(
+            f"{out} (by {by}, seed {seed})",
+            ["part", "rows", "users"],
+            [(p, s["rows"], s["users"]) for p, s in sizes.items()],
+        )
     if "onboarding" in sizes:
         tell(f"{out / 'onboarding.parquet'}: rows of unseen users on training prompts, for `prlhf users add`")
 

@@ -27,7 +27,9 @@ def preference(
     against: Annotated[Path | None, typer.Option(help="Another run: paired difference on the same rows.")] = None,
     group: Annotated[str | None, typer.Option(help="Column by which Accuracy-average is given too.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
-    per_user: Annotated[Path | None, typer.Option(help="Write the per-user table to this .parquet or .jsonl file.")] = None,
+    per_user: Annotated[
+        Path | None, typer.Option(help="Write the per-user table to this .parquet or .jsonl file.")
+    ] = None,
     columns: Columns = None,
     missing_user: MissingUser = "refuse",
     max_bad_rows: MaxBadRows = 0,
@@ -44,7 +46,11 @@ def preference(
         mine, theirs = (next(iter(r.figures["accuracy"])) for r in (result, other))
         _, clusters = resampling_units(rows.user_ids, [str(row.prompt) for row in rows])
         difference = paired_difference(result.correct[mine], other.correct[theirs], clusters)
-        figures["against"] = {"run": str(against), "difference": difference, "accuracy": other.figures["accuracy"][theirs]}
+        figures["against"] = {
+            "run": str(against),
+            "difference": difference,
+            "accuracy": other.figures["accuracy"][theirs],
+        }
     if out:
         write_json(figures, out)
     if per_user:
@@ -89,10 +95,17 @@ def _show(figures: dict[str, Any], result: "Evaluation") -> None:
     accuracy = figures["accuracy"]
     name = next(iter(accuracy))
     users = figures["users"]
-    title = f"{figures['run']} on {figures['data']}: {figures['rows']:,} rows, {users['seen']:,} users seen, {users['unseen']:,} unseen"
+    seen = f"{users['seen']:,} users seen in training, {users['unseen']:,} not"
+    title = f"{figures['run']} on {figures['data']}: {figures['rows']:,} rows, {seen}"
     lines = [(f"{name} (this run)", percent(accuracy[name]["top"]), percent(accuracy[name]["generic"]))]
     if name != "uniform":
-        lines.append(("row 0: the same run, user unknown", percent(accuracy[name]["top_row0"]), percent(accuracy[name]["generic"])))
+        lines.append(
+            (
+                "row 0: the same run, user unknown",
+                percent(accuracy[name]["top_row0"]),
+                percent(accuracy[name]["generic"]),
+            )
+        )
     lines += [(WORDS[m], percent(f["top"]), percent(f["generic"])) for m, f in accuracy.items() if m != name]
     table(title, ["accuracy", "seen users", "unseen users"], lines)
     gains = [(WORDS.get(m, "row 0"), percent(f, signed=True)) for m, f in figures["difference"].items()]
@@ -100,6 +113,13 @@ def _show(figures: dict[str, Any], result: "Evaluation") -> None:
         gains.append((figures["against"]["run"], percent(figures["against"]["difference"], signed=True)))
     table("Paired difference on the same rows: this run minus ...", ["", "points"], gains)
     shown = result.users.sort_values(name).head(20)
-    cells = [(u.user_id or "(no user)", f"{getattr(u, name):.3f}", f"{u.low:.2f} to {u.high:.2f}", f"{u.row0:.3f}", u.n) for u in shown.itertuples()]
-    table(f"Per user{' (the 20 lowest; --per-user writes all)' if len(result.users) > 20 else ''}", ["user", "accuracy", "95 %", "row 0", "rows"], cells)
+    cells = [
+        (u.user_id or "(no user)", f"{getattr(u, name):.3f}", f"{u.low:.2f} to {u.high:.2f}", f"{u.row0:.3f}", u.n)
+        for u in shown.itertuples()
+    ]
+    table(
+        f"Per user{' (the 20 lowest; --per-user writes all)' if len(result.users) > 20 else ''}",
+        ["user", "accuracy", "95 %", "row 0", "rows"],
+        cells,
+    )
     tell(f"intervals: {figures['interval']}; {figures['ties']} ties, each counted as half")

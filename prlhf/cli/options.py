@@ -12,10 +12,12 @@ Columns = Annotated[
     typer.Option("--columns", help="field=column where a column has another name; may be given many times."),
 ]
 MaxBadRows = Annotated[
-    int, typer.Option("--max-bad-rows", min=0, help="Unusable rows that may be left out (counted) before it is an error.")
+    int,
+    typer.Option("--max-bad-rows", min=0, help="Unusable rows that may be left out (counted) before it is an error."),
 ]
 MissingUser = Annotated[
-    str, typer.Option("--missing-user", help="Rows without user id: `refuse`, or `generic` (the unknown user).")
+    Literal["refuse", "generic"],
+    typer.Option("--missing-user", help="Rows without user id: `refuse`, or `generic` (the unknown user)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -37,7 +39,7 @@ def load(
     source: str,
     columns: list[str] | None = None,
     max_bad_rows: int = 0,
-    missing_user: str = "refuse",
+    missing_user: Literal["refuse", "generic"] = "refuse",
     identical: Literal["drop", "keep"] = "drop",
 ) -> "Comparisons":
     """Loads comparisons under the shared options and says on the terminal what was read and what was left out."""
@@ -46,8 +48,6 @@ def load(
 
     from .output import tell
 
-    if missing_user not in ("refuse", "generic"):
-        raise ValueError(f"--missing-user {missing_user}: must be refuse or generic")
     rows = load_comparisons(source, column_map(columns), RowPolicy(max_bad_rows, identical, missing_user))
     tell(rows.notice())
     return rows

@@ -13,23 +13,23 @@ from .output import percent, table, tell
 if TYPE_CHECKING:
     from prlhf.core.comparisons import Comparisons
     from prlhf.prm.arguments import RewardArguments
+    from prlhf.prm.reward_model import PersonalizedRewardModel
 
 app = typer.Typer(help="Personalized reward model (P-RM; not TRL's process reward model).", no_args_is_help=True)
 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    help="Train all users' heads on a frozen model. `prlhf prm train --help` lists the flags; --config FILE.yaml holds any.",
+    help="Train all users' heads on a frozen model; every flag may also stand in a --config FILE.yaml.",
 )
 def train(context: typer.Context) -> None:
     arguments = _parse(context.args)
     begun = time.time()
-    model, figures = _fit(arguments)
-    from prlhf.prm.card import card
-
+    model = _fit(arguments)
+    figures = model.figures
     figures["seconds"] = round(time.time() - begun, 1)
     out = Path(arguments.output_dir)
-    model.save_pretrained(out, card(model, figures), figures)
+    model.save_pretrained(out)
     losses = figures["validation_log_loss"]
     table(
         f"{out}: {arguments.user_model} heads, {model.settings['pooling']} pooling, {model.settings['model']['label']}",
@@ -49,7 +49,7 @@ def _parse(args: list[str]) -> "RewardArguments":
 
     from prlhf.prm.arguments import RewardArguments
 
-    parser = TrlParser((RewardArguments,), prog="prlhf prm train", allow_abbrev=False)
+    parser: Any = TrlParser([RewardArguments], prog="prlhf prm train", allow_abbrev=False)
     try:
         (arguments,) = parser.parse_args_and_config(args)
     except ValueError as error:
@@ -67,7 +67,7 @@ def _nearest(message: str, arguments: Any) -> str:
     return f" Did you mean {', '.join('--' + name for name in found)}?" if found else ""
 
 
-def _fit(arguments: "RewardArguments") -> tuple[Any, dict[str, Any]]:
+def _fit(arguments: "RewardArguments") -> "PersonalizedRewardModel":
     from prlhf.core.artefact import MANIFEST
     from prlhf.core.pretrained import find_model, load_backbone
     from prlhf.prm.fit import fit_reward_model
@@ -95,5 +95,3 @@ def _data(arguments: "RewardArguments") -> "tuple[Comparisons, Comparisons]":
     parts = split(rows, SplitPlan("prompt", validation=0.1, test=0.0, seed=arguments.seed))
     tell(f"no --eval-data: {len(parts['validation']):,} rows, by prompt, are held back for validation")
     return rows.subset(parts["train"]), rows.subset(parts["validation"])
-
-

@@ -73,7 +73,12 @@ def list_users(run: RunOption, json: Json = False) -> None:
     spread = model.user_model.spread().tolist()
     facts = [model.users.facts.get(user, {}) for user in model.users.ids]
     users = [
-        {"user_id": user, "comparisons": f.get("comparisons", 0), "origin": f.get("origin", ""), "distance_from_row0": d}
+        {
+            "user_id": user,
+            "comparisons": f.get("comparisons", 0),
+            "origin": f.get("origin", ""),
+            "distance_from_row0": d,
+        }
         for user, f, d in zip(model.users.ids, facts, spread[1:], strict=True)
     ]
     if json:
@@ -85,7 +90,8 @@ def list_users(run: RunOption, json: Json = False) -> None:
 
 @app.command()
 def export(
-    run: RunOption, out: Annotated[Path, typer.Option(help=".parquet or .jsonl: user_id and vector, row 0 first (null).")]
+    run: RunOption,
+    out: Annotated[Path, typer.Option(help=".parquet or .jsonl: user_id and vector, row 0 first (null).")],
 ) -> None:
     """Write every user's vector, in units of the backbone's hidden states. The vectors are personal data."""
     import pandas as pd

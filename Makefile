@@ -1,0 +1,28 @@
+# `make test` on a fresh machine: environment, install, tests. Nothing is installed again until a pin or a package changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: test lint typecheck clean
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not follow the mapping of folders to packages, so an installed copy is checked.
+typecheck: $(READY)
+	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p prlhf
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
