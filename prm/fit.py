@@ -76,8 +76,8 @@ def _count_cut(
         if layout.over_long == "refuse":
             length = max(len(token_rows[at]) + token_rows[at].cut for at in pairs[i])
             raise DataError(
-                f"{rows[int(i)].place}: {length} tokens, more than --max-length {layout.max_length}; raise it, or choose "
-                "--over-long truncate or drop"
+                f"{rows[int(i)].place}: {length} tokens, more than --max-length {layout.max_length}; raise it, "
+                "or choose --over-long truncate or drop"
             )
         counts[rows[int(i)].user.id or ""] += 1
     return dict(counts)

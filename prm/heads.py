@@ -81,8 +81,12 @@ class RowAdagrad:
         self.sums = torch.zeros(len(table))
 
     def step(self, rows: Tensor, gradients: Tensor) -> None:
-        """One step from per-comparison gradients (B, W) of table rows (B,); a row may occur many times."""
-        self.sums.index_add_(0, rows, torch.linalg.vecdot(gradients, gradients) / gradients.shape[1])
+        """One step from per-comparison gradients (B, W) of table rows (B,); a row may occur many times.
+
+        The gradients are overwritten: a fresh (B, W) tensor costs more than the arithmetic on it.
+        """
+        squares = torch.linalg.vector_norm(gradients, dim=1).square_()  # unlike vecdot, without a (B, W) product
+        self.sums.index_add_(0, rows, squares.div_(gradients.shape[1]))
         rates = self.sums.index_select(0, rows).sqrt_().add_(1e-8).reciprocal_().mul_(-self.learning_rate)
         self.table.index_add_(0, rows, gradients.mul_(rates[:, None]))
 
@@ -131,26 +135,33 @@ class _IndividualizedSteps(_UniformSteps):
         _Steps.__init__(self, *args)
         self.table = self.users.offsets.weight.data
         self.offsets = RowAdagrad(self.table, self.rate)
+        self.scratch = self.table.new_empty(0, self.table.shape[1])
         self.decay = self.strength / self.counts.clamp_min(1).float()  # (U,): each occurrence carries its share
         self.start = start
         if self.users.shared:
             self.adam = torch.optim.Adam([self.users.base], lr=self.rate / 10)
 
     def step(self, z: Tensor, users: Tensor) -> None:
-        own = self.table.index_select(0, users)  # (B, D)
+        own = self._rows(users)  # (B, D)
         held = own if self.users.shared else own - self.start
         base = self.users.base if self.users.shared else self.table[0]
         generic = z @ base  # (B,)
-        margin = torch.linalg.vecdot(own, z) + (generic if self.users.shared else 0)
+        margin = _row_dots(own, z) + (generic if self.users.shared else 0)
         by_own, by_generic = self.slopes(margin, generic)
-        gradients = held.mul_(self.decay.index_select(0, users)[:, None]).addcmul_(z, by_own[:, None])  # (B, D)
         if self.users.shared:
-            gradients[users == 0] = 0  # o_0 is fixed
             _adam_step(self.adam, self.users.base, z.T @ (by_own + by_generic) / len(z), self._pull())
+            by_own.masked_fill_(users == 0, 0)  # o_0 is fixed: at zero, so that its decay is nothing as well
         else:
             mean = z.T @ by_generic / len(z) + self.table[0].sub(self.start) * (self.base_strength / self.total)
             self.offsets.step(torch.zeros(1, dtype=torch.int64), mean[None])
+        gradients = held.mul_(self.decay.index_select(0, users)[:, None]).addcmul_(z, by_own[:, None])  # (B, D)
         self.offsets.step(users, gradients)
+
+    def _rows(self, users: Tensor) -> Tensor:
+        """Table rows (B, D), in memory that the next step uses again: fresh pages are slow."""
+        if len(self.scratch) < len(users):
+            self.scratch = self.table.new_empty(len(users), self.table.shape[1])
+        return torch.index_select(self.table, 0, users, out=self.scratch[: len(users)])
 
 
 class _ClusterSteps(_Steps):
@@ -180,6 +191,12 @@ class _ClusterSteps(_Steps):
         """Holds the centres' mean to the starting value, and each centre to their mean."""
         mean = self.users.centres.mean(0)
         return (self.strength * (self.users.centres - mean) + self.base_strength * (mean - self.start)) / self.total
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row dot products (B,), in pieces that stay in the cache: vecdot writes the (B, D) product first."""
+    pairs = zip(left.split(256), right.split(256), strict=True)
+    return torch.cat([torch.linalg.vecdot(*pair) for pair in pairs])
 
 
 def _adam_step(adam: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor, pull: Tensor) -> None:
@@ -264,5 +281,6 @@ def fit_heads(
 
 
 def _best(tries: list[tuple[UserModel, dict[str, float]]], strength: str) -> HeadFit:
-    model, figures = min(tries, key=lambda attempt: attempt[1]["log_loss"])
+    # Of equals the stronger: where no step helped, every strength ties, and row 0 is what the data supports.
+    model, figures = min(tries, key=lambda attempt: (attempt[1]["log_loss"], -attempt[1][strength]))
     return HeadFit(model, figures[strength], figures["log_loss"], [figures for _, figures in tries])

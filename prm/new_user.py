@@ -47,8 +47,10 @@ class OffsetPrior:
         own = self.isotropic * (z @ z.swapaxes(-1, -2))
         if not len(self.factor):
             return own
-        seen = z @ self.factor.T  # (..., k, rank)
-        return own + seen @ seen.swapaxes(-1, -2)
+        # One product for all users: user by user, the factor would be read again for each of them.
+        seen = (z.reshape(-1, z.shape[-1]) @ self.factor.T).reshape(*z.shape[:-1], -1)  # (..., k, rank)
+        own += seen @ seen.swapaxes(-1, -2)
+        return own
 
     def offset(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """S z' weights: (..., k, D), (..., k) -> (..., D)."""
@@ -82,7 +84,8 @@ def _newton(kernel: np.ndarray, base: np.ndarray, real: np.ndarray) -> np.ndarra
     Undamped, the iteration diverges where margins are large (seen at D = 4096).
     """
     n, k = base.shape
-    weights, margins = np.zeros((n, k)), base
+    found, left = np.zeros((n, k)), np.arange(n)
+    weights, margins = found.copy(), base
     value = _objective(weights, margins, base, real)
     diagonal = np.arange(k)
     for _ in range(STEPS):
@@ -92,19 +95,32 @@ def _newton(kernel: np.ndarray, base: np.ndarray, real: np.ndarray) -> np.ndarra
         system[:, diagonal, diagonal] += 1 / curvature
         target = (margins - base + missing / curvature)[..., None]
         move = np.linalg.solve(system, target)[..., 0] - weights
-        if np.abs(move).max() < 1e-8:
+        moving = np.abs(move).max(-1) >= 1e-8
+        if not moving.all():  # who has arrived leaves: most do well before the slowest
+            found[left] = weights
+            if not moving.any():
+                return found
+            kernel, base, real, left = kernel[moving], base[moving], real[moving], left[moving]
+            weights, value, move = weights[moving], value[moving], move[moving]
+        weights, margins, value = _damped(kernel, base, real, weights, value, move)
+    found[left] = weights
+    return found
+
+
+def _damped(
+    kernel: np.ndarray, base: np.ndarray, real: np.ndarray, weights: np.ndarray, value: np.ndarray, move: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights after a move halved until no user's objective rises, with their margins and objective."""
+    step = np.ones(len(base))
+    for _ in range(20):
+        tried = weights + step[:, None] * move
+        margins = base + (kernel @ tried[..., None])[..., 0]
+        tried_value = _objective(tried, margins, base, real)
+        worse = tried_value > value + 1e-12
+        if not worse.any():
             break
-        step = np.ones(n)
-        for _ in range(20):
-            tried = weights + step[:, None] * move
-            tried_margins = base + (kernel @ tried[..., None])[..., 0]
-            tried_value = _objective(tried, tried_margins, base, real)
-            worse = tried_value > value + 1e-12
-            if not worse.any():
-                break
-            step[worse] /= 2
-        weights, margins, value = tried, tried_margins, tried_value
-    return weights
+        step[worse] /= 2
+    return tried, margins, tried_value
 
 
 def _objective(weights: np.ndarray, margins: np.ndarray, base: np.ndarray, real: np.ndarray) -> np.ndarray:

@@ -191,7 +191,8 @@ class PersonalizedRewardModel:
             states = self.features(texts)  # (n, D)
             rows, which = index.rows([r.user.id for r in chunk]).unique(return_inverse=True)
             vectors = model(rows)  # (users of the chunk, D)
-            scores += [states[at] @ vectors[i] for at, i in zip(places, which.tolist(), strict=True)]
+            # Row by row, not as one product, whose rounding depends on the row's place: equal responses tie exactly.
+            scores += [(states[at] * vectors[i]).sum(1) for at, i in zip(places, which.tolist(), strict=True)]
         return scores
 
     def _distinct(self, requests: Sequence[ScoreRequest]) -> tuple[list[list[int]], list[tuple[Prompt, str, str]]]:

@@ -81,7 +81,9 @@ def test_evaluation_follows_the_papers_definitions() -> None:
     rows = rows_of("a", 4, 0, "majority") + rows_of("b", 1, 3, "minority") + rows_of("c", 1, 3)
     scorer = each(lambda user, prompt, response: taste.get(user.id or "", 1.0) * len(response))
     uniform = each(lambda user, prompt, response: float(len(response)))
-    found = evaluate("mine", scorer, rows, lambda u: u.id in taste, {"uniform": uniform}, {"a": 1, "b": -1, None: 1}, "group")
+    found = evaluate(
+        "mine", scorer, rows, lambda u: u.id in taste, {"uniform": uniform}, {"a": 1, "b": -1, None: 1}, "group"
+    )
     accuracy = found.figures["accuracy"]
     assert accuracy["mine"]["top"]["value"] == 7 / 8
     assert accuracy["mine"]["top_row0"]["value"] == 5 / 8
