@@ -86,7 +86,7 @@ def turn(side: Side, z: Tensor, batch: int, steps: int) -> float:
     for number, index in enumerate(torch.randint(len(z), (steps + 1, batch))):
         if number == 1:
             begun = time.process_time()
-        side.step(z[index], users[index])  # gathered as in `heads.train`
+        side.step(z.index_select(0, index), users.index_select(0, index))  # gathered as in `heads.train`
     return steps * batch / (time.process_time() - begun)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callab
     """
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
+        _finish_update(folder)
         begun: list[Path] = []
         try:
             listed = {}
@@ -67,7 +68,7 @@ def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callab
             raise
         os.replace(folder / (MANIFEST + NEW), folder / MANIFEST)  # from here on the new state counts
         for name in files:
-            os.replace(folder / (name + NEW), folder / name)
+            _put_in_place(folder / name)
 
 
 def load(folder: Path, kind: str) -> dict[str, Any]:
@@ -83,8 +84,9 @@ def load(folder: Path, kind: str) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        listed, found = manifest["files"], (manifest["kind"], manifest["format"])
-    except (ValueError, KeyError, TypeError):
+        found = (manifest["kind"], manifest["format"])
+        listed = {name: {key: of[key] for key in ("bytes", "sha256")} for name, of in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ArtefactError(f"{path}: damaged: not the JSON object that a run writes") from None
     if found != (kind, FORMAT):
         raise ArtefactError(f"{path}: holds a {found[0]} of format {found[1]}, wanted a {kind} of format {FORMAT}")
@@ -93,12 +95,31 @@ def load(folder: Path, kind: str) -> dict[str, Any]:
     return manifest
 
 
+def _finish_update(folder: Path) -> None:
+    """Moves what a killed update left to be moved, so that the next one starts from a whole state."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # `load` tells of these
+        for name, description in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].items():
+            if Path(name).name == name and _describe_if_there(folder / (name + NEW)) == description:
+                _put_in_place(folder / name)
+
+
+def _put_in_place(path: Path) -> None:
+    with suppress(FileNotFoundError):  # another process that loads the artefact has done it
+        os.replace(path.with_name(path.name + NEW), path)
+
+
+def _describe_if_there(path: Path) -> dict[str, Any] | None:
+    with suppress(FileNotFoundError):  # moved by another process since it was looked for
+        return _describe(path) if path.is_file() else None
+    return None
+
+
 def _check_file(folder: Path, name: str, description: dict[str, Any]) -> None:
     path, new = folder / name, folder / (name + NEW)
     if path.parent != folder:
         raise ArtefactError(f"{folder / MANIFEST}: lists {name!r}, which is not a file of this folder")
-    if new.is_file() and _describe(new) == description:
-        os.replace(new, path)
+    if _describe_if_there(new) == description:
+        _put_in_place(path)
     if not path.is_file():
         raise ArtefactError(f"{path}: missing; the run is not complete")
     seen = _describe(path)

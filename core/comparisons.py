@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 FIELDS = ("user_id", "user_text", "prompt", "chosen", "rejected")
 
 
@@ -158,7 +159,7 @@ def comparison(row: Mapping[str, Any], place: str, policy: RowPolicy) -> Compari
         texts = {"chosen": _response(chosen, "chosen"), "rejected": _response(rejected, "rejected")}
         parsed = _prompt(prompt)
     except _FieldError as error:
-        return Problem(place, error.field, error.what)
+        return Problem(place, error.field, error.what, error.kind)
     if texts["chosen"] == texts["rejected"] and policy.identical == "drop":
         return Problem(place, "rejected", "equal to chosen", "identical")
     extra = {key: value for key, value in row.items() if key not in FIELDS}
@@ -182,9 +183,9 @@ def response_text(value: Any, place: str, name: str) -> str | Problem:
 
 
 class _FieldError(Exception):
-    def __init__(self, field_name: str, what: str):
+    def __init__(self, field_name: str, what: str, kind: Literal["bad", "identical"] = "bad"):
         super().__init__(what)
-        self.field, self.what = field_name, what
+        self.field, self.what, self.kind = field_name, what, kind
 
 
 def is_missing(value: Any) -> bool:
@@ -236,10 +237,11 @@ def _messages(value: Any, name: str) -> list[Message]:
     for i, message in enumerate(found):
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise _FieldError(f"{name}[{i}]", f"must be a message with role and content, found {_shown(message)}")
-    return [
-        {"role": _filled(m["role"], f"{name}[{i}].role"), "content": _text(m["content"], f"{name}[{i}].content")}
-        for i, m in enumerate(found)
-    ]
+        if message["role"] not in ROLES:  # a template may build a control token from the role
+            raise _FieldError(
+                f"{name}[{i}].role", f"must be one of {', '.join(ROLES)}, found {_shown(message['role'])}"
+            )
+    return [{"role": m["role"], "content": _text(m["content"], f"{name}[{i}].content")} for i, m in enumerate(found)]
 
 
 def is_conversation(value: Any) -> bool:
@@ -287,6 +289,8 @@ def _split_prompt(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
 
 def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The beginning that two texts share, without the space before they part (TRL's rule), and the two rests."""
+    if chosen == rejected and chosen.strip():  # no end of the prompt can be told
+        raise _FieldError("rejected", "equal to chosen", "identical")
     shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
     shared -= chosen[shared - 1] == " " if shared else 0
     return chosen[:shared], chosen[shared:], rejected[shared:]

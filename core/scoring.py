@@ -66,5 +66,5 @@ def ranking(request: ScoreRequest, scores: Tensor, user_known: bool) -> Ranking:
     values = scores.tolist()
     if not values or all(map(math.isnan, values)):
         raise ValueError(f"user {request.user.id!r}: no response with a score that is a number, so none can be picked")
-    order = sorted(range(len(values)), key=lambda i: math.inf if math.isnan(values[i]) else -values[i])
+    order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i]))
     return Ranking(request.user, user_known, request.prompt, request.responses, values, order)

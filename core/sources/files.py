@@ -78,11 +78,11 @@ def jsonl_objects(path: Path) -> Iterator[Row]:
 def _csv_rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
         csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(file, restkey="", strict=True)
+        reader = csv.DictReader(file, strict=True)  # cells beyond the header are kept under None
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
-                if "" in row or any(value is None for value in row.values()):
+                if None in row or any(value is None for value in row.values()):
                     cells = len(reader.fieldnames or [])
                     yield place, Problem(place, "line", f"has another number of cells than the header's {cells}")
                 else:
@@ -101,7 +101,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:row {number}", row
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from None
 
 
@@ -118,7 +118,7 @@ def _dataset_rows(source: str) -> Iterator[Row]:
             f"{source}: neither a file ({kinds}), nor a folder saved by datasets, nor given by the hub: {reason}"
         ) from None
     if isinstance(data, DatasetDict):
-        if split not in data and len(data) > 1:
+        if split not in data and (split or len(data) > 1):
             raise DataError(f"{source}: has the splits {', '.join(data)}; name one, as in {name}:{next(iter(data))}")
         data = data[split] if split in data else next(iter(data.values()))
     if not isinstance(data, Dataset):
