@@ -37,7 +37,7 @@ class ModelSource:
     origin: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Backbone:
     """A frozen transformer without its head.
 

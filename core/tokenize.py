@@ -4,7 +4,6 @@ A row is tokenized here and not by TRL, which lets a response that contains `<|i
 response are encoded apart and joined as ids, so a prompt's ids are the same under every response.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
@@ -199,8 +198,3 @@ class RowTokenizer:
                 "the tokenizer has neither a chat template nor an end-of-sequence token to close a response"
             )
         return (end,)
-
-
-def over_long_by_user(rows: Sequence[TokenRow], user_ids: Sequence[str | None]) -> dict[str, int]:
-    """How many rows of each user are longer than the layout allows; users without any are left out."""
-    return dict(Counter(str(user) for row, user in zip(rows, user_ids, strict=True) if row.cut))

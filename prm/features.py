@@ -9,6 +9,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from ..core.comparisons import Comparison, Prompt
 from ..core.pretrained import Backbone, cache_dir
-from ..core.tokenize import RowTokenizer, TokenRow
+from ..core.tokenize import RowTokenizer, TextLayout, TokenRow
 
 POOLINGS = ("last", "mean")
 LAYOUT = "v1"  # raise when the same tokens and weights would give other rows
@@ -148,37 +149,69 @@ def extract(backbone: Backbone, rows: Sequence[TokenRow], store: FeatureStore, s
     """
     keys = [row_key(row) for row in rows]
     missing = list({key: i for i, key in enumerate(keys) if key not in store}.values())
-    if missing:
-        todo = [rows[i] for i in missing]
-        done = len(set(keys)) - len(missing)
-        if done and show:
-            print(f"features: {done:,} of {len(set(keys)):,} responses are cached", file=sys.stderr)
-        total = sum(map(len, todo))
-        with tqdm(total=total, unit="tok", unit_scale=True, desc="features", disable=not show) as bar:
-            for batch in batches(todo):
-                states = hidden_states(backbone, [todo[i] for i in batch])
-                store.append([keys[missing[i]] for i in batch], states.numpy())
-                bar.update(sum(len(todo[i]) for i in batch))
+    todo = [rows[i] for i in missing]
+    total = sum(map(len, todo))
+    with tqdm(total=total, unit="tok", unit_scale=True, desc="features", disable=not (show and todo)) as bar:
+        for batch in batches(todo):
+            states = hidden_states(backbone, [todo[i] for i in batch])
+            store.append([keys[missing[i]] for i in batch], states.numpy())
+            bar.update(sum(len(todo[i]) for i in batch))
     return store.positions(keys)
 
 
-def pair_rows(rows: Sequence[Comparison], tokenizer: RowTokenizer) -> tuple[list[TokenRow], np.ndarray]:
-    """Tokenizes comparisons.
+Text = tuple[Prompt, str, str]
+"""A prompt, the text about the user, and a response."""
 
-    Returns:
-        the token rows of the distinct responses, and (B, 2) positions of each comparison's chosen and rejected one.
-    """
-    index: dict[tuple[str, str, str], int] = {}
-    texts: list[tuple[Prompt, str, str]] = []
 
-    def place(row: Comparison, response: str) -> int:
-        text = row.user.text if tokenizer.layout.user_text == "input" else ""
-        key = (str(row.prompt), text, response)
-        if key not in index:
-            index[key] = len(texts)
-            texts.append((row.prompt, response, text))
-        return index[key]
+class FeatureReader:
+    """Features of texts under one backbone and layout; a text is tokenized once, a response run once."""
 
-    pairs = [(place(row, row.chosen), place(row, row.rejected)) for row in rows]
-    prompts, responses, user_texts = zip(*texts, strict=True) if texts else ((), (), ())
-    return tokenizer.rows(prompts, responses, user_texts), np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    def __init__(self, backbone: Backbone, layout: TextLayout):
+        self.backbone, self.store = backbone, FeatureStore.of(backbone)
+        self.tokenizer = RowTokenizer(backbone.tokenizer, layout)
+        self.layout = self.tokenizer.layout
+        self._seen: dict[tuple[str, str, str], tuple[bytes, int]] = {}  # text -> key in the store, tokens cut off
+
+    def cut(self, texts: Sequence[Text]) -> np.ndarray:
+        """How many tokens the layout's `max_length` takes from each text, (len(texts),)."""
+        return np.asarray([cut for _, cut in self._look_up(texts)], dtype=np.int64)
+
+    def positions(self, texts: Sequence[Text], show: bool = False) -> np.ndarray:
+        """Positions of the texts' features in the store, (len(texts),); computes what is missing."""
+        keys = [key for key, _ in self._look_up(texts)]
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.store}
+        if missing:
+            cached = len(set(keys)) - len(missing)
+            if cached and show:
+                print(f"features: {cached:,} of {len(set(keys)):,} responses are cached", file=sys.stderr)
+            extract(self.backbone, self._tokenize(list(missing.values())), self.store, show)
+        return self.store.positions(keys)
+
+    def gather(self, positions: np.ndarray, pooling: str) -> Tensor:
+        """Features at positions, (len(positions), D) fp32."""
+        return self.store.gather(positions, pooling)
+
+    def _look_up(self, texts: Sequence[Text]) -> list[tuple[bytes, int]]:
+        names = [(str(prompt), about, response) for prompt, about, response in map(self._read, texts)]
+        new = {name: text for name, text in zip(names, texts, strict=True) if name not in self._seen}
+        rows = self._tokenize(list(new.values()))
+        self._seen.update({name: (row_key(row), row.cut) for name, row in zip(new, rows, strict=True)})
+        return [self._seen[name] for name in names]
+
+    def _read(self, text: Text) -> Text:
+        return text if self.layout.user_text == "input" else (text[0], "", text[2])
+
+    def _tokenize(self, texts: Sequence[Text]) -> list[TokenRow]:
+        return self.tokenizer.rows([t[0] for t in texts], [t[2] for t in texts], [t[1] for t in texts])
+
+
+@lru_cache(maxsize=4)
+def feature_reader(backbone: Backbone, layout: TextLayout) -> FeatureReader:
+    """The reader of a backbone under a layout; the same one again for the same two."""
+    return FeatureReader(backbone, layout)
+
+
+def texts_of(rows: Sequence[Comparison]) -> list[Text]:
+    """Texts of comparisons: all chosen ones, then all rejected ones."""
+    sides = [[row.chosen for row in rows], [row.rejected for row in rows]]
+    return [(row.prompt, row.user.text, text) for side in sides for row, text in zip(rows, side, strict=True)]

@@ -1,7 +1,7 @@
 """Comparisons -> features of a frozen backbone -> all users' heads -> a reward model that can be saved."""
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 from ..core.comparisons import Comparison, Comparisons, DataError
 from ..core.pretrained import Backbone
 from ..core.splits import data_hash
-from ..core.tokenize import RowTokenizer, TextLayout, TokenRow
+from ..core.tokenize import RowTokenizer, TextLayout
 from ..core.users import UserIndex, UserModel
-from .features import POOLINGS, FeatureStore, extract, pair_rows
+from .features import POOLINGS, FeatureReader, feature_reader, texts_of
 from .heads import Examples, HeadConfig, HeadFit, fit_heads
 from .new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture
 from .reward_model import LinearHead, PersonalizedRewardModel, length_facts
@@ -40,47 +40,34 @@ class FrozenFeatures:
     over_long: dict[str, int]
 
 
-def frozen_features(
-    rows: Comparisons, backbone: Backbone, layout: TextLayout, pooling: str, show: bool
-) -> FrozenFeatures:
+def frozen_features(rows: Comparisons, reader: FeatureReader, pooling: str, show: bool) -> FrozenFeatures:
     """Runs the backbone over all responses of the comparisons (from the cache where they are there).
 
     Raises:
-        DataError: a row is longer than `layout.max_length` and the policy is to refuse.
+        DataError: a row is longer than the layout's `max_length` and the policy is to refuse, or a hidden state is not
+            a number.
     """
-    tokenizer = RowTokenizer(backbone.tokenizer, layout)
-    token_rows, pairs = pair_rows(list(rows), tokenizer)
-    cut = np.asarray([row.cut > 0 for row in token_rows], dtype=bool)[pairs].any(1)  # (B,)
-    over_long = _count_cut(rows, cut, token_rows, pairs, layout)
-    kept = list(range(len(rows)))
-    if layout.over_long == "drop":
-        kept = [i for i in kept if not cut[i]]
-        used = sorted({int(at) for i in kept for at in pairs[i]})
-        place = {at: new for new, at in enumerate(used)}
-        token_rows = [token_rows[at] for at in used]
-        pairs = np.asarray([[place[int(at)] for at in pairs[i]] for i in kept], dtype=np.int64).reshape(-1, 2)
-    store = FeatureStore.of(backbone)
-    at = extract(backbone, token_rows, store, show)
-    differences = store.gather(at[pairs[:, 0]], pooling) - store.gather(at[pairs[:, 1]], pooling)
-    if not torch.isfinite(differences).all():
-        bad = rows[kept[int((~torch.isfinite(differences)).any(1).nonzero()[0])]]
+    over = reader.cut(texts_of(rows)).reshape(2, len(rows)).max(0)  # (B,) tokens over the limit
+    over_long = _count_over_long(rows, over, reader.layout)
+    kept = [row for row, tokens in zip(rows, over, strict=True) if not tokens or reader.layout.over_long != "drop"]
+    chosen, rejected = np.split(reader.positions(texts_of(kept), show), 2)  # each (B,)
+    differences = reader.gather(chosen, pooling).sub_(reader.gather(rejected, pooling))
+    finite = torch.isfinite(differences).all(1)
+    if not finite.all():
+        bad = kept[int((~finite).nonzero()[0])]
         raise DataError(f"{bad.place}: the backbone's hidden state is not a number; try --dtype float32")
-    return FrozenFeatures([rows[i] for i in kept], differences, over_long)
+    return FrozenFeatures(kept, differences, over_long)
 
 
-def _count_cut(
-    rows: Comparisons, cut: np.ndarray, token_rows: Sequence[TokenRow], pairs: np.ndarray, layout: TextLayout
-) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for i in np.flatnonzero(cut):
-        if layout.over_long == "refuse":
-            length = max(len(token_rows[at]) + token_rows[at].cut for at in pairs[i])
-            raise DataError(
-                f"{rows[int(i)].place}: {length} tokens, more than --max-length {layout.max_length}; raise it, "
-                "or choose --over-long truncate or drop"
-            )
-        counts[rows[int(i)].user.id or ""] += 1
-    return dict(counts)
+def _count_over_long(rows: Comparisons, over: np.ndarray, layout: TextLayout) -> dict[str, int]:
+    long = [(row, int(tokens)) for row, tokens in zip(rows, over, strict=True) if tokens]
+    if long and layout.over_long == "refuse":
+        row, tokens = long[0]
+        raise DataError(
+            f"{row.place}: {layout.max_length + tokens} tokens, more than --max-length {layout.max_length}; raise it, "
+            "or choose --over-long truncate or drop"
+        )
+    return dict(Counter(row.user.id or "" for row, _ in long))
 
 
 def fit_reward_model(
@@ -106,7 +93,8 @@ def fit_reward_model(
         raise ValueError(f"--pooling {pooling}: must be one of {', '.join(POOLINGS)}")
     resolved = RowTokenizer(backbone.tokenizer, layout).layout
     resolved = replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
-    parts = [frozen_features(rows, backbone, resolved, pooling, show) for rows in (train, validation)]
+    reader = feature_reader(backbone, resolved)
+    parts = [frozen_features(rows, reader, pooling, show) for rows in (train, validation)]
     for name, part in zip(("train", "validation"), parts, strict=True):
         _tell_over_long(name, part.over_long, resolved)
     users = UserIndex.seen_in(row.user.id for row in parts[0].rows)

@@ -10,7 +10,8 @@ Strengths are precisions of Gaussian priors in units of comparisons: the objecti
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,6 +259,24 @@ def fit_heads(
     Returns:
         the personal fit and the uniform fit (the same one where the user model is uniform).
     """
+    with _one_thread():
+        return _fit_heads(train_set, validation, users, start, config, show)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Batches are small: on two busy cores, threads that wait for each other made training ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit_heads(
+    train_set: Examples, validation: Examples, users: int, start: Tensor, config: HeadConfig, show: bool
+) -> tuple[HeadFit, HeadFit]:
     counts = torch.bincount(train_set.users, minlength=users)
 
     def attempt(name: str, begin: Tensor, base: float, strength: float) -> tuple[UserModel, dict[str, float]]:

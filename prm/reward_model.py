@@ -17,10 +17,10 @@ from ..core.artefact import ArtefactError
 from ..core.comparisons import Comparison, Prompt, User
 from ..core.pretrained import Backbone, find_model, load_backbone
 from ..core.scoring import Ranking, Scorer, ScoreRequest, ranking
-from ..core.tokenize import RowTokenizer, TextLayout
+from ..core.tokenize import TextLayout
 from ..core.users import ClusterUsers, UniformUsers, UserIndex, UserModel, make_user_model
 from .card import card
-from .features import FeatureStore, extract, pair_rows
+from .features import FeatureReader, feature_reader, texts_of
 from .new_user import OffsetPrior, fit_mixture, fit_offsets
 
 KIND = "reward_model"
@@ -154,14 +154,9 @@ class PersonalizedRewardModel:
     def knows(self, user: User) -> bool:
         return user.id in self.users
 
-    def features(self, texts: Sequence[tuple[Prompt, str, str]]) -> Tensor:
-        """Pooled hidden states of (prompt, user text, response) triples, (len(texts), D) fp32."""
-        if not texts:
-            return torch.zeros(0, len(self.head.uniform))
-        tokenizer = RowTokenizer(self.backbone.tokenizer, self.layout)
-        rows = tokenizer.rows([t[0] for t in texts], [t[2] for t in texts], [t[1] for t in texts])
-        store = FeatureStore.of(self.backbone)
-        return store.gather(extract(self.backbone, rows, store, self.show), self.settings["pooling"])
+    @property
+    def reader(self) -> FeatureReader:
+        return feature_reader(self.backbone, self.layout)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Tensor]:
         """Scores of each request's responses, one (N,) fp32 tensor each; unknown users by row 0.
@@ -187,30 +182,15 @@ class PersonalizedRewardModel:
         scores: list[Tensor] = []
         for start in range(0, len(requests), CHUNK):
             chunk = requests[start : start + CHUNK]
-            places, texts = self._distinct(chunk)
-            states = self.features(texts)  # (n, D)
+            texts = [(r.prompt, r.user.text, response) for r in chunk for response in r.responses]
+            distinct, places = np.unique(self.reader.positions(texts, self.show), return_inverse=True)
+            states = self.reader.gather(distinct, self.settings["pooling"])  # (n, D)
             rows, which = index.rows([r.user.id for r in chunk]).unique(return_inverse=True)
             vectors = model(rows)  # (users of the chunk, D)
+            of_request = torch.from_numpy(places).split([len(r.responses) for r in chunk])
             # Row by row, not as one product, whose rounding depends on the row's place: equal responses tie exactly.
-            scores += [(states[at] * vectors[i]).sum(1) for at, i in zip(places, which.tolist(), strict=True)]
+            scores += [(states[at] * vectors[i]).sum(1) for at, i in zip(of_request, which.tolist(), strict=True)]
         return scores
-
-    def _distinct(self, requests: Sequence[ScoreRequest]) -> tuple[list[list[int]], list[tuple[Prompt, str, str]]]:
-        """Each request's positions in the list of distinct texts, and that list."""
-        texts: dict[tuple[str, str, str], int] = {}
-        triples: list[tuple[Prompt, str, str]] = []
-        reads_text = self.layout.user_text == "input"
-        places = []
-        for request in requests:
-            about, prompt, at = request.user.text if reads_text else "", str(request.prompt), []
-            for response in request.responses:
-                key = (prompt, about, response)
-                if key not in texts:
-                    texts[key] = len(triples)
-                    triples.append((request.prompt, about, response))
-                at.append(texts[key])
-            places.append(at)
-        return places, triples
 
     def rank(self, prompt: Prompt, responses: Sequence[str], users: Iterable[str | User | None]) -> list[Ranking]:
         """The responses in the order that each user likes them; `user_known` is False where row 0 decided."""
@@ -246,11 +226,9 @@ class PersonalizedRewardModel:
 
     def scaled_differences(self, rows: Sequence[Comparison]) -> np.ndarray:
         """(B, D) differences chosen - rejected of pooled hidden states, in the units that heads are fitted in."""
-        token_rows, pairs = pair_rows(rows, RowTokenizer(self.backbone.tokenizer, self.layout))
-        store = FeatureStore.of(self.backbone)
-        at = extract(self.backbone, token_rows, store, self.show)
-        chosen, rejected = (store.gather(at[pairs[:, side]], self.settings["pooling"]) for side in (0, 1))
-        return ((chosen - rejected) / self.head.scale).numpy()
+        chosen, rejected = np.split(self.reader.positions(texts_of(rows), self.show), 2)  # each (B,)
+        difference = self.reader.gather(chosen, self.settings["pooling"])
+        return difference.sub_(self.reader.gather(rejected, self.settings["pooling"])).div_(self.head.scale).numpy()
 
     @torch.no_grad()
     def _row0(self) -> np.ndarray:

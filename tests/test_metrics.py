@@ -76,7 +76,7 @@ def test_shuffled_users_never_keep_their_own_id() -> None:
 
 
 def test_evaluation_follows_the_papers_definitions() -> None:
-    """A scorer that knows a (longer) and b (shorter); row 0 says longer. c is unseen and prefers shorter 3 in 4 times."""
+    """The scorer knows a (longer) and b (shorter), row 0 says longer; c is unseen and prefers shorter 3 times in 4."""
     taste = {"a": 1.0, "b": -1.0}
     rows = rows_of("a", 4, 0, "majority") + rows_of("b", 1, 3, "minority") + rows_of("c", 1, 3)
     scorer = each(lambda user, prompt, response: taste.get(user.id or "", 1.0) * len(response))

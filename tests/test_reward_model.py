@@ -123,7 +123,8 @@ def test_score_is_the_inner_product_whatever_the_batch(model: PersonalizedReward
     vectors = model.user_model(model.users.rows([r.user.id for r in requests])).detach()
     for request, scores, vector in zip(requests, together, vectors, strict=True):
         assert torch.allclose(scores, model.score([request])[0], atol=1e-4)
-        states = model.features([(request.prompt, "", response) for response in request.responses])
+        texts = [(request.prompt, "", response) for response in request.responses]
+        states = model.reader.gather(model.reader.positions(texts), model.settings["pooling"])
         assert torch.allclose(scores, states @ vector, atol=1e-4)
 
 

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prlhf.core.tokenize import RowTokenizer, TextLayout, TokenRow, over_long_by_user
+from prlhf.core.tokenize import RowTokenizer, TextLayout, TokenRow
 
 CORPUS = ["The user likes fruit; an assistant and a system call a tool. Plain words, more words: yes or no.\n"] * 3
 ASCII = [chr(i) for i in range(33, 127)]
@@ -313,8 +313,3 @@ def test_row_that_fits_exactly_is_not_cut():
     (whole,) = rows_of("chatml").rows(["words"], ["yes"], ["about"])
     (same,) = rows_of("chatml", max_length=len(whole)).rows(["words"], ["yes"], ["about"])
     assert same == whole
-
-
-def test_over_long_rows_are_counted_by_user():
-    rows = [TokenRow((1,), (2,), cut) for cut in (0, 3, 1, 2)]
-    assert over_long_by_user(rows, ["ann", "ann", "bob", "ann"]) == {"ann": 2, "bob": 1}
