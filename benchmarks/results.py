@@ -99,7 +99,9 @@ def progress(what: str, begun: float) -> None:
 
 def personas8(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
     """Unseen prompts: user models, poolings, and accuracy against comparisons per user."""
-    begun, pooled, curve, chosen = time.time(), {p: Pooled() for p in ("mean", "last")}, defaultdict(Pooled), []
+    begun, pooled, chosen = time.time(), {p: Pooled() for p in ("mean", "last")}, []
+    curve: dict[str, Pooled] = defaultdict(Pooled)
+    added: dict[str, Pooled] = defaultdict(Pooled)
     for seed in SEEDS:
         parts = split(whole, SplitPlan("prompt", seed=seed))
         for pooling, pool in pooled.items():
@@ -120,6 +122,8 @@ def personas8(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
             found = test(fit(few, whole, backbone, seed=seed), parts["test"], "individualized")
             curve[str(count or "all")].add(parts["test"], found.correct)
             progress(f"seed {seed}, {count or 'all'} comparisons per user", begun)
+        apart = split(whole, SplitPlan("prompt", unseen_users=0.25, seed=seed))
+        onboard(fit(apart, whole, backbone, seed=seed), apart, (5, 20, 100, 400), added, "individualized")
     return {
         "accuracy": pooled["mean"].accuracy(),
         "accuracy_last_pooling": pooled["last"].accuracy(),
@@ -129,6 +133,7 @@ def personas8(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
         },
         "validation": chosen,
         "accuracy_by_comparisons_per_user": {count: pool.accuracy() for count, pool in curve.items()},
+        "unseen_users": gains(added),
     }
 
 
@@ -172,7 +177,7 @@ def ukpconvarg1(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
                 begun,
             )
             if name in ("individualized", "cluster_8"):
-                onboard(model, name, parts, known, added)
+                onboard(model, parts, (5, 10, 20), added, name)
                 progress(f"seed {seed}, {name}: unseen users added", begun)
         correct.pop("row0")
         pooled.add(rows, correct)
@@ -184,37 +189,41 @@ def ukpconvarg1(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
             for name in ("individualized", "cluster_8")
             for other in ("uniform", f"{name}_row0", "shuffled_users")
         },
-        "unseen_users": {
-            key: {
-                **pool.accuracy(),
-                "gain_over_row0": pool.difference("added", "row0"),
-                "users": len({r.user.id for r in pool.rows}),
-            }
-            for key, pool in added.items()
-        },
+        "unseen_users": gains(added),
         "validation": chosen,
     }
 
 
 def onboard(
     model: PersonalizedRewardModel,
-    name: str,
     parts: dict[str, list[Comparison]],
-    known: set[str | None],
+    counts: Iterable[int],
     added: dict[str, Pooled],
+    key: str,
 ) -> None:
-    """Adds every unseen user who has 20 onboarding rows, from 5, 10 and 20 of them, and tests on their test rows."""
+    """Adds every unseen user who has enough onboarding rows, from so many of them, and tests on their test rows."""
     mine: dict[str, list[Comparison]] = defaultdict(list)
     for row in parts["onboarding"]:
         mine[row.user.id or ""].append(row)
-    users = [user for user, rows in mine.items() if len(rows) >= 20]
+    users = [user for user, rows in mine.items() if len(rows) >= max(counts)]
     rows = [row for row in parts["test"] if row.user.id in users]
     row0 = accuracies(margins(model.score, rows, [User(None)] * len(rows)))
-    for count in (5, 10, 20):
+    for count in counts:
         for user in users:
             model.add_user(user, mine[user][:count], replace=True)
         own = accuracies(margins(model.score, rows, [row.user for row in rows]))
-        added[f"{name}_{count}"].add(rows, {"added": own, "row0": row0})
+        added[f"{key}_{count}"].add(rows, {"added": own, "row0": row0})
+
+
+def gains(added: dict[str, Pooled]) -> dict[str, Any]:
+    return {
+        key: {
+            **pool.accuracy(),
+            "gain_over_row0": pool.difference("added", "row0"),
+            "users": len({r.user.id for r in pool.rows}),
+        }
+        for key, pool in added.items()
+    }
 
 
 def pandalm(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def wilson(successes: float, n: int) -> Figure:
     return figure(share, centre - half, centre + half, n)
 
 
-def clustered_mean(values: np.ndarray, clusters: Sequence[Any], seed: int = 0) -> Figure:
+def clustered_mean(values: np.ndarray, clusters: Sequence[Any] | np.ndarray, seed: int = 0) -> Figure:
     """Mean of values (B,) with a percentile bootstrap that draws whole clusters."""
     if not len(values):
         return dict(NOTHING)
@@ -72,7 +72,9 @@ def resampling_units(user_ids: Sequence[Any], prompts: Sequence[Any]) -> tuple[s
     return ("user", user_ids) if len(set(user_ids)) >= ENOUGH_USERS else ("prompt", prompts)
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, clusters: Sequence[Any], seed: int = 0) -> Figure:
+def paired_difference(
+    first: np.ndarray, second: np.ndarray, clusters: Sequence[Any] | np.ndarray, seed: int = 0
+) -> Figure:
     """Mean of first - second on the same comparisons, with the same bootstrap."""
     return clustered_mean(np.asarray(first) - np.asarray(second), clusters, seed)
 

@@ -19,7 +19,7 @@ class RewardArguments:
     eval_data: str | None = field(
         default=None,
         metadata={
-            "help": "Validation comparisons, on which everything is chosen; by default 10 % of the training prompts."
+            "help": "Validation comparisons, on which everything is chosen; by default a tenth of the training prompts."
         },
     )
     aggregator: Literal["linear_head"] = field(default="linear_head", metadata={"help": "How user and response meet."})

@@ -238,7 +238,8 @@ def _prior_trials(model: UserModel, sets: list[Examples], seed: int) -> list[Pri
     fit_rows, held_rows = _by_user(train.users[order], order), _by_user(held.users, torch.arange(len(held)))
     eligible = [u for u in fit_rows if u and u < 10_000 and len(fit_rows[u]) >= 5 and u in held_rows]
     trials = []
-    for user in sorted(eligible, key=lambda u: -len(held_rows[u]))[:TRIAL_USERS]:
+    # Drawn at random (rows come in random order, so users do too): the most active people are not what a new user is.
+    for user in eligible[:TRIAL_USERS]:
         z, kept = train.z[fit_rows[user][:TRIAL_ROWS]], held.z[held_rows[user]]
         trials.append(PriorTrial(z.numpy(), (z @ base).numpy(), kept.numpy(), (kept @ base).numpy(), user))
     return trials

@@ -160,8 +160,8 @@ class PriorTrial:
     row: int
 
 
-ISOTROPIC = (0.1, 0.3, 1.0, 3.0, 10.0)
-WEIGHTS = (0.0, 1.0, 4.0, 16.0)
+ISOTROPIC = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+WEIGHTS = (0.0, 0.25, 1.0, 4.0)
 FOLDS = 8
 
 

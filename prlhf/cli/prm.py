@@ -49,7 +49,8 @@ def _parse(args: list[str]) -> "RewardArguments":
 
     from prlhf.prm.arguments import RewardArguments
 
-    parser: Any = TrlParser([RewardArguments], prog="prlhf prm train", allow_abbrev=False)
+    kinds: Any = [RewardArguments]
+    parser: Any = TrlParser(kinds, prog="prlhf prm train", allow_abbrev=False)
     try:
         (arguments,) = parser.parse_args_and_config(args)
     except ValueError as error:
