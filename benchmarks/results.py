@@ -71,9 +71,11 @@ class Pooled:
             figures[model] = {"top": clustered_mean(values, units), "average": {"all": mean_over_users(means)}}
         return figures
 
-    def difference(self, first: str, second: str) -> dict[str, Any]:
+    def difference(self, first: str, second: str, users: set[str | None] | None = None) -> dict[str, Any]:
         values = [np.concatenate(self.correct[model]) for model in (first, second)]
-        return paired_difference(values[0], values[1], self.units()[1])
+        kept = np.asarray([users is None or row.user.id in users for row in self.rows])
+        units = np.asarray(self.units()[1], dtype=object)
+        return paired_difference(values[0][kept], values[1][kept], units[kept])
 
     def units(self) -> tuple[str, Any]:
         return resampling_units([r.user.id for r in self.rows], [prompt_text(r.prompt) for r in self.rows])
@@ -188,6 +190,12 @@ def ukpconvarg1(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
             f"{name}_minus_{other}": pooled.difference(name, other)
             for name in ("individualized", "cluster_8")
             for other in ("uniform", f"{name}_row0", "shuffled_users")
+        },
+        "individualized_minus_row0_by_rows_of_the_user": {
+            f"{low} to {high - 1}": pooled.difference(
+                "individualized", "individualized_row0", {user for user, n in sizes.items() if low <= n < high}
+            )
+            for low, high in ((20, 50), (50, 200), (200, 10_000))
         },
         "unseen_users": gains(added),
         "validation": chosen,

@@ -20,7 +20,7 @@ from ..core.scoring import Ranking, Scorer, ScoreRequest, ranking
 from ..core.tokenize import TextLayout
 from ..core.users import ClusterUsers, UniformUsers, UserIndex, UserModel, make_user_model
 from .card import card
-from .features import FeatureReader, feature_reader, texts_of
+from .features import FeatureReader, Text, feature_reader, texts_of
 from .new_user import OffsetPrior, fit_mixture, fit_offsets
 
 KIND = "reward_model"
@@ -158,6 +158,10 @@ class PersonalizedRewardModel:
     def reader(self) -> FeatureReader:
         return feature_reader(self.backbone, self.layout)
 
+    def prepare(self, requests: Sequence[ScoreRequest]) -> None:
+        """Computes and caches what scoring the requests will need, with one progress bar for all of them."""
+        self.reader.positions(_texts(requests), self.show)
+
     def score(self, requests: Sequence[ScoreRequest]) -> list[Tensor]:
         """Scores of each request's responses, one (N,) fp32 tensor each; unknown users by row 0.
 
@@ -179,11 +183,11 @@ class PersonalizedRewardModel:
         self, requests: Sequence[ScoreRequest], model: UserModel, users: UserIndex | None = None
     ) -> list[Tensor]:
         index = users if users is not None else self.users
+        self.prepare(requests)
         scores: list[Tensor] = []
         for start in range(0, len(requests), CHUNK):
             chunk = requests[start : start + CHUNK]
-            texts = [(r.prompt, r.user.text, response) for r in chunk for response in r.responses]
-            distinct, places = np.unique(self.reader.positions(texts, self.show), return_inverse=True)
+            distinct, places = np.unique(self.reader.positions(_texts(chunk)), return_inverse=True)
             states = self.reader.gather(distinct, self.settings["pooling"])  # (n, D)
             rows, which = index.rows([r.user.id for r in chunk]).unique(return_inverse=True)
             vectors = model(rows)  # (users of the chunk, D)
@@ -252,6 +256,10 @@ class PersonalizedRewardModel:
             weights = torch.from_numpy(own).float().softmax(0)
             return (weights @ self.user_model.centres).numpy() * self.head.scale
         return own * self.head.scale + self._row0()
+
+
+def _texts(requests: Sequence[ScoreRequest]) -> list[Text]:
+    return [(r.prompt, r.user.text, response) for r in requests for response in r.responses]
 
 
 def length_facts(rows: Sequence[Comparison]) -> dict[str, int]:

@@ -31,7 +31,7 @@ def score(
     out: Annotated[Path, typer.Option(help="JSONL: one line per prompt and user, with scores in the given order.")],
 ) -> None:
     """Score every candidate for every user. What is in --out already is kept and not computed again."""
-    from prlhf.bestofn.rerank import record_key
+    from prlhf.bestofn.rerank import PROMPTS_AT_ONCE, record_key
     from prlhf.core.store import JsonlStore
 
     model, prompts, asked = _open(run, candidates, users)
@@ -43,16 +43,14 @@ def score(
         whose = "another run, other users or other candidates"
         raise ValueError(f"--out {out}: holds {len(strangers)} lines of {whose}; give another file")
     done = len(store)
-    for c in prompts:
-        todo = [user for user in asked if record_key(identity, user, c.prompt, c.responses) not in store]
-        rankings = _rank(model, [c], todo)
-        records = [_record(r) for r in rankings]
-        store.append(
-            *[
-                {"key": record_key(identity, r.user, c.prompt, c.responses), **rec}
-                for r, rec in zip(rankings, records, strict=True)
-            ]
-        )
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+        some = prompts[start : start + PROMPTS_AT_ONCE]
+        todo = [
+            c for c in some if any(record_key(identity, user, c.prompt, c.responses) not in store for user in asked)
+        ]
+        rankings = _rank(model, todo, asked)
+        keyed = [(record_key(identity, r.user, r.prompt, r.responses), r) for r in rankings]
+        store.append(*[{"key": key, **_record(r)} for key, r in keyed])
     tell(f"{out}: {len(store):,} lines, {len(store) - done:,} of them new")
 
 
@@ -84,6 +82,7 @@ def _open(
     run: Path, candidates: Path, users: list[str]
 ) -> "tuple[PersonalizedRewardModel, list[Candidates], list[User]]":
     from prlhf.bestofn.rerank import read_candidates
+    from prlhf.core.scoring import ScoreRequest
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     prompts = read_candidates(candidates)
@@ -95,6 +94,7 @@ def _open(
         tell(f"not in {run}, ranked as the unknown user (row 0): {', '.join(unknown[:5])}{more}")
     if model.layout.user_text == "input" and any(user.text for user in asked):
         tell("the users' texts are part of the input, so each user costs a pass of their own")
+    model.prepare([ScoreRequest(user, c.prompt, c.responses) for c in prompts for user in asked])
     return model, prompts, asked
 
 
