@@ -47,7 +47,6 @@ def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callab
     Raises:
         OSError: nothing was changed, and the temporary files are gone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with writing(folder):
         _finish_update(folder)
         begun: list[Path] = []
@@ -133,7 +132,9 @@ def _check_file(folder: Path, name: str, description: dict[str, Any]) -> None:
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Holds the right to write to a run's folder; the second process to want it is refused."""
-    lock = FileLock(folder / ".lock")
+    folder.mkdir(parents=True, exist_ok=True)
+    # A singleton, so that a verb may hold the folder for its whole run and save within it.
+    lock = FileLock(folder / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:

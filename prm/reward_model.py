@@ -1,7 +1,7 @@
 """PersonalizedRewardModel: scores and ranks responses per user (P-RM, appendix F.2 of the paper)."""
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +150,11 @@ class PersonalizedRewardModel:
                     f"run was trained on {made['fingerprint']} ({made['label']}, {made['dtype']})"
                 )
         return self._backbone
+
+    def over_long(self, rows: Sequence[Comparison]) -> dict[str, int]:
+        """How many comparisons of each user are over the layout's `max_length`; scoring truncates them."""
+        over = self.reader.cut(texts_of(rows)).reshape(2, len(rows)).max(0)
+        return dict(Counter(row.user.id or "" for row, tokens in zip(rows, over, strict=True) if tokens))
 
     def knows(self, user: User) -> bool:
         return user.id in self.users

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prlhf.core.users import USER_MODELS, UserIndex, make_user_model
+from prlhf.core.pretrained import Backbone
+from prlhf.core.users import USER_MODELS, UserIndex, make_user_model, neutral_prompt
 
 START = {"head": torch.linspace(-1, 1, 6), "soft_prompt": torch.linspace(-1, 1, 12).reshape(2, 6)}
 MEMBERS = [(name, {}) for name in USER_MODELS] + [("individualized", {"shared": False}), ("cluster", {"clusters": 1})]
@@ -95,3 +96,25 @@ def test_index_refuses_what_is_no_id() -> None:
         UserIndex(["a", "a"])
     with pytest.raises(ValueError, match="no user model 'x'"):
         make_user_model("x", 2, START["head"])
+
+
+def test_soft_prompt_starts_at_embeddings_of_a_text(tiny_backbone: Backbone) -> None:
+    """Through the embedding module, whatever it does to the weight; repeated or cut to K tokens."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, table: torch.nn.Module) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 3 * self.table(ids)
+
+    table, tokenizer = tiny_backbone.model.get_input_embeddings(), tiny_backbone.tokenizer
+    ids = tokenizer.encode("The response that this person prefers:", add_special_tokens=False)
+    for tokens in (0, 1, 10, 2 * len(ids) + 1):
+        found = neutral_prompt(Scaled(table), tokenizer, tokens)
+        assert found.shape == (tokens, 32)
+        expected = [ids[i % len(ids)] for i in range(tokens)]
+        assert torch.allclose(found, 3 * table.weight[torch.tensor(expected, dtype=torch.int64)])
+    model = make_user_model("individualized", 3, found)
+    assert model(torch.tensor([2])).shape == (1, *found.shape)

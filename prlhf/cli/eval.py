@@ -41,6 +41,10 @@ def preference(
     rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
     result = _evaluate(run, rows, group)
     figures = {"run": str(run), "data": data, "left_out": rows.dropped_counts, **result.figures}
+    if figures["truncated"]:
+        counts = sorted(figures["truncated"].items(), key=lambda count: -count[1])
+        top = ", ".join(f"{user or '(no user)'} {n}" for user, n in counts[:5])
+        tell(f"{data}: {sum(n for _, n in counts):,} rows over the run's length limit truncated ({top})")
     if against:
         other = _evaluate(against, rows, group)
         mine, theirs = (next(iter(r.figures["accuracy"])) for r in (result, other))
@@ -71,7 +75,9 @@ def _evaluate(run: Path, rows: "Comparisons", group: str | None) -> "Evaluation"
     directions = length_directions(counts)
     name = model.settings["user_model"]
     baselines = {"uniform": model.uniform_scorer()}
-    return evaluate(name, model.score, list(rows), model.knows, baselines, directions, group)
+    result = evaluate(name, model.score, list(rows), model.knows, baselines, directions, group)
+    result.figures["truncated"] = model.over_long(list(rows))
+    return result
 
 
 def _write_users(result: "Evaluation", path: Path) -> None:

@@ -23,13 +23,16 @@ app = typer.Typer(help="Personalized reward model (P-RM; not TRL's process rewar
     help="Train all users' heads on a frozen model; every flag may also stand in a --config FILE.yaml.",
 )
 def train(context: typer.Context) -> None:
+    from prlhf.core.artefact import writing
+
     arguments = _parse(context.args)
     begun = time.time()
-    model = _fit(arguments)
-    figures = model.figures
-    figures["seconds"] = round(time.time() - begun, 1)
     out = Path(arguments.output_dir)
-    model.save_pretrained(out)
+    with writing(out):
+        model = _fit(arguments)
+        figures = model.figures
+        figures["seconds"] = round(time.time() - begun, 1)
+        model.save_pretrained(out)
     losses = figures["validation_log_loss"]
     table(
         f"{out}: {arguments.user_model} heads, {model.settings['pooling']} pooling, {model.settings['model']['label']}",
