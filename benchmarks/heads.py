@@ -23,7 +23,8 @@ from torch.nn.functional import softplus
 
 from prlhf.cli.output import table, write_json
 from prlhf.core.users import make_user_model
-from prlhf.prm import heads
+from prlhf.prm.head_steps import make_steps
+from prlhf.prm.heads import HeadConfig
 
 ROWS = 65536  # 151 MB at D = 576: as in training, rows of features come from main memory and not from a cache
 SIZES = (1_000, 100_000, 1_000_000)
@@ -46,8 +47,8 @@ def library_step(name: str, users: int, width: int) -> Step:
     if name == "individualized":
         # As in the middle of training: pages of zeros that nothing has written to yet are not real memory.
         model.offsets.weight.data[1:].normal_(0, 0.01)
-    counts, config = torch.full((users,), 16), heads.HeadConfig(user_model=name)
-    return heads._steps(model, counts, config, base=1.0, strength=10.0, start=torch.zeros(width)).step
+    counts, config = torch.full((users,), 16), HeadConfig(user_model=name)
+    return make_steps(model, counts, config, base=1.0, strength=10.0, start=torch.zeros(width)).step
 
 
 def torch_step(users: int, width: int, sparse: bool) -> Step:

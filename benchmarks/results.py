@@ -148,12 +148,14 @@ def brief(model: PersonalizedRewardModel) -> dict[str, Any]:
 
 def first_rows(rows: list[Comparison], count: int | None, seed: int) -> list[Comparison]:
     """At most `count` rows of each user, drawn at random."""
+    if count is None:
+        return rows
     order = random.Random(seed).sample(rows, len(rows))
     seen: Counter[str | None] = Counter()
     kept = []
     for row in order:
         seen[row.user.id] += 1
-        if count is None or seen[row.user.id] <= count:
+        if seen[row.user.id] <= count:
             kept.append(row)
     return kept
 

@@ -49,6 +49,9 @@ def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callab
     """
     with writing(folder):
         _finish_update(folder)
+        foreign = [name for name in files if (folder / name).exists() and not (folder / MANIFEST).exists()]
+        if foreign:
+            raise ArtefactError(f"{folder / foreign[0]}: is there already and belongs to no run; give another folder")
         begun: list[Path] = []
         try:
             listed = {}

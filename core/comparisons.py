@@ -43,6 +43,7 @@ class Comparison:
 
     Attributes:
         place: file and line it came from, for messages.
+        inferred_prompt: the prompt is what two texts have in common, so it may hold the first words of the answers.
         extra: further columns of the row (groups, true utilities), which no trainer reads.
     """
 
@@ -52,6 +53,7 @@ class Comparison:
     rejected: str
     place: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    inferred_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Problem:
     place: str
     field: str
     what: str
-    kind: Literal["bad", "identical", "no_user"] = "bad"
+    kind: Literal["bad", "identical"] = "bad"
 
     def __str__(self) -> str:
         return f"{self.place}: {self.field}: {self.what}"
@@ -120,7 +122,7 @@ class Comparisons(Sequence[Comparison]):
         return f"{self.source}: {len(self):,} comparisons of {users:,} users{left_out}"
 
 
-_KIND_WORDS = {"bad": "unusable rows", "identical": "rows with two equal responses", "no_user": "rows without user id"}
+_KIND_WORDS = {"bad": "unusable rows", "identical": "rows with two equal responses"}
 
 
 def check(rows: Iterable[tuple[str, Mapping[str, Any] | Problem]], source: str, policy: RowPolicy) -> Comparisons:
@@ -133,21 +135,27 @@ def check(rows: Iterable[tuple[str, Mapping[str, Any] | Problem]], source: str, 
         TooManyBadRows: more rows are unusable than `policy.max_bad_rows`; names the first ten.
         DataError: no usable row is left.
     """
+    found = sort_out(rows, source, policy)
+    bad = [problem for problem in found.dropped if problem.kind == "bad"]
+    if len(bad) > policy.max_bad_rows:
+        shown = "\n".join(f"  {problem}" for problem in bad[:10])
+        more = f"\n  and {len(bad) - 10:,} more" if len(bad) > 10 else ""
+        raise TooManyBadRows(
+            f"{source}: {len(bad):,} of {len(found) + len(found.dropped):,} rows can't be used:\n{shown}{more}\n"
+            f"Mend them, or leave them out with --max-bad-rows {len(bad)}"
+        )
+    if not len(found):
+        raise DataError(f"{source}: no usable comparison in it")
+    return found
+
+
+def sort_out(rows: Iterable[tuple[str, Mapping[str, Any] | Problem]], source: str, policy: RowPolicy) -> Comparisons:
+    """Like `check`, but however many rows can't be used, they are listed and nothing is raised."""
     good: list[Comparison] = []
     dropped: list[Problem] = []
     for place, row in rows:
         made = row if isinstance(row, Problem) else comparison(row, place, policy)
         (dropped if isinstance(made, Problem) else good).append(made)  # type: ignore[arg-type]
-    bad = [problem for problem in dropped if problem.kind == "bad"]
-    if len(bad) > policy.max_bad_rows:
-        shown = "\n".join(f"  {problem}" for problem in bad[:10])
-        more = f"\n  and {len(bad) - 10:,} more" if len(bad) > 10 else ""
-        raise TooManyBadRows(
-            f"{source}: {len(bad):,} of {len(good) + len(dropped):,} rows can't be used:\n{shown}{more}\n"
-            f"Mend them, or leave them out with --max-bad-rows {len(bad)}"
-        )
-    if not good:
-        raise DataError(f"{source}: no usable comparison in it")
     return Comparisons(good, source, dropped)
 
 
@@ -163,7 +171,16 @@ def comparison(row: Mapping[str, Any], place: str, policy: RowPolicy) -> Compari
     if texts["chosen"] == texts["rejected"] and policy.identical == "drop":
         return Problem(place, "rejected", "equal to chosen", "identical")
     extra = {key: value for key, value in row.items() if key not in FIELDS}
-    return Comparison(user, parsed, texts["chosen"], texts["rejected"], place, extra)
+    inferred = is_missing(row.get("prompt")) and isinstance(parsed, str)
+    return Comparison(user, parsed, texts["chosen"], texts["rejected"], place, extra, inferred)
+
+
+def to_user(row: Mapping[str, Any], place: str) -> User | Problem:
+    """A user by itself: `user_id` and optional `user_text`."""
+    try:
+        return User(_user_id(row, RowPolicy()), _optional_text(row, "user_text"))
+    except _FieldError as error:
+        return Problem(place, error.field, error.what)
 
 
 def to_prompt(value: Any, place: str) -> Prompt | Problem:

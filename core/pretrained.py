@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ class Backbone:
     Attributes:
         model: Hugging Face base model in evaluation mode; gives `last_hidden_state` (R, T, D).
         score: (D,) fp32 weight of the scalar head when the checkpoint is a stock reward model, else None.
-        fingerprint: hash of all weights and the dtype they run in; the same weights give the same fingerprint
-            wherever they lie.
+        fingerprint: hash of all weights, the dtype they run in and the configuration; the same model gives the same
+            fingerprint wherever it lies.
+        text_hash: hash of the tokenizer and its chat template.
+        memo: what is computed once for this backbone and lives as long as it does.
     """
 
     model: Any
@@ -53,7 +55,9 @@ class Backbone:
     source: ModelSource
     dtype: torch.dtype
     fingerprint: str
+    text_hash: str = ""
     score: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def hidden_size(self) -> int:
@@ -197,7 +201,7 @@ def load_backbone(source: ModelSource, dtype: str = "auto", device: str | None =
     else:
         model = AutoModel.from_pretrained(source.path, **keep)
     model = model.to(place).eval().requires_grad_(False)
-    return Backbone(model, tokenizer, source, resolved, fingerprint(model), score)
+    return Backbone(model, tokenizer, source, resolved, fingerprint(model, source.path), text_hash(tokenizer), score)
 
 
 def _scalar_head(model: Any, source: ModelSource) -> Tensor:
@@ -210,10 +214,25 @@ def _scalar_head(model: Any, source: ModelSource) -> Tensor:
     return head.weight.detach().float().reshape(-1)  # (1, D) -> (D,)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of names, dtypes, shapes and bytes of all weights, 16 hex digits."""
-    digest = hashlib.sha256()
+# What a configuration says beside how hidden states are computed.
+_NOT_COMPUTED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"}
+
+
+def fingerprint(model: nn.Module, folder: Path) -> str:
+    """Hash of the configuration as it was saved, and of names, dtypes, shapes and bytes of all weights; 16 hex digits.
+
+    The saved configuration, because another version of transformers fills a loaded one with other defaults.
+    """
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in saved.items() if key not in _NOT_COMPUTED}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.ndim else b"")
     return digest.hexdigest()[:16]
+
+
+def text_hash(tokenizer: Any) -> str:
+    """Hash of a tokenizer and its chat template, 16 hex digits."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{backend}\x1f{tokenizer.chat_template}".encode()).hexdigest()[:16]

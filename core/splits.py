@@ -72,6 +72,11 @@ def split(rows: Comparisons, plan: SplitPlan) -> dict[str, list[Comparison]]:
 def group_key(row: Comparison, by: str) -> str:
     """What must not be on both sides of a split: the normalised prompt, the pair, or a column's value."""
     if by == "prompt":
+        if row.inferred_prompt:
+            raise DataError(
+                f"{row.place}: has no prompt of its own, only what its two texts have in common, so rows of one "
+                "question can't be kept together; add a prompt column, or split --by pair or by a column"
+            )
         return _normal(prompt_text(row.prompt))
     if by == "pair":
         return "\x1f".join([_normal(prompt_text(row.prompt)), *sorted([_normal(row.chosen), _normal(row.rejected)])])
@@ -84,6 +89,8 @@ def group_key(row: Comparison, by: str) -> str:
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text, whichever form it has."""
+    if not isinstance(prompt, str) and len(prompt) == 1:
+        prompt = prompt[0]["content"]  # the same question, whichever form it has
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 

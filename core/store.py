@@ -13,6 +13,8 @@ from typing import Any
 
 from filelock import FileLock
 
+_BEGIN = b'{"key": "'
+
 
 class JsonlStore(Mapping[str, dict[str, Any]]):
     """Records by key, in a JSONL file.
@@ -29,7 +31,7 @@ class JsonlStore(Mapping[str, dict[str, Any]]):
         self._lines = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._read_new()
-        if self.path.exists() and self.path.stat().st_size > self._read_to:
+        if self._torn_tail():
             warnings.warn(f"{self.path}:{self._lines + 1}: the last line is torn and is dropped", stacklevel=2)
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class JsonlStore(Mapping[str, dict[str, Any]]):
         """Writes records that are not there yet, whole and on disk when this returns; the first of a key stays."""
         with self._lock:
             self._read_new()
+            self._torn_tail()
             new = [record for record in records if record["key"] not in self._records]
             with self.path.open("ab") as file:
                 file.truncate(self._read_to)
@@ -52,6 +55,21 @@ class JsonlStore(Mapping[str, dict[str, Any]]):
                 file.flush()
                 os.fsync(file.fileno())
             self._read_new()
+
+    def _torn_tail(self) -> bytes:
+        """What stands behind the last whole line.
+
+        Raises:
+            ValueError: it is not the beginning of a record, so the file is somebody else's.
+        """
+        if not self.path.exists():
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(self._read_to)
+            tail = file.read()
+        if not (tail.startswith(_BEGIN) or _BEGIN.startswith(tail)):
+            raise ValueError(f"{self.path}:{self._lines + 1}: not a record; this file was not written by this command")
+        return tail
 
     def _read_new(self) -> None:
         if not self.path.exists():
@@ -78,4 +96,4 @@ class JsonlStore(Mapping[str, dict[str, Any]]):
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    return json.dumps({"key": record["key"], **record}, ensure_ascii=False).encode() + b"\n"

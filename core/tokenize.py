@@ -74,6 +74,8 @@ class RowTokenizer:
         self.tokenizer = tokenizer
         self.layout = layout
         self.closing_ids = self._closing_ids()
+        if layout.max_length < len(self.closing_ids):
+            raise ValueError(f"--max-length {layout.max_length}: too short for any text")
         self._control_ids = self._find_control_ids()
         self._prompt_ids = lru_cache(maxsize=65536)(self._encode_prompt)
 
@@ -130,7 +132,12 @@ class RowTokenizer:
             {"role": self._broken_up(turn["role"]), "content": self._broken_up(turn["content"])}
             for turn in self._place_user_text(turns, user_text)
         ]
-        return self._pieces_ids(self.tokenizer.apply_chat_template(placed, add_generation_prompt=True, tokenize=False))
+        try:
+            written = self.tokenizer.apply_chat_template(placed, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates refuse by raising whatever they like
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise ValueError(f"the chat template refuses a prompt with the roles {roles}: {error}") from None
+        return self._pieces_ids(written)
 
     def _place_user_text(self, turns: list[Message], user_text: str) -> list[Message]:
         """The user's text goes to the system turn, or to the start of the first user turn where there is none."""
@@ -157,7 +164,7 @@ class RowTokenizer:
         text = text.replace(_BREAK, "")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        cuts = [start + 1 for i, (start, _) in spans if i in self._control_ids]
+        cuts = [start + 1 for i, (start, end) in spans if i in self._control_ids and self._spells(i, text[start:end])]
         if not cuts:
             return text
         if len(text) == 1:
@@ -172,7 +179,12 @@ class RowTokenizer:
             for i, token in self.tokenizer.added_tokens_decoder.items()
             if token.special or (token.content in template and not token.content.isspace())
         }
-        return frozenset(found - {self.tokenizer.unk_token_id})
+        return frozenset(found)
+
+    def _spells(self, token_id: int, text: str) -> bool:
+        """Whether the text is a control token's name; an unknown character, which gives the unknown token, is not."""
+        unknown = str(self.tokenizer.unk_token).strip().casefold()
+        return token_id != self.tokenizer.unk_token_id or text.strip().casefold() == unknown
 
     def _leading_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before any text (a BOS token, or nothing)."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..core.comparisons import Comparison, User
+from ..core.comparisons import User
 from ..core.scoring import Scorer, each
 
 
@@ -29,24 +29,9 @@ def length_directions(longer: Mapping[str | None, tuple[int, int]]) -> dict[str 
     return {**best, None: 1 if total[0] >= total[1] else -1}
 
 
-def length_counts(rows: Sequence[Comparison]) -> dict[str | None, tuple[int, int]]:
-    """What `length_directions` reads, counted over training rows."""
-    counts: dict[str | None, tuple[int, int]] = {}
-    for row in rows:
-        more, fewer = counts.get(row.user.id, (0, 0))
-        difference = len(row.chosen) - len(row.rejected)
-        counts[row.user.id] = (more + (difference > 0), fewer + (difference < 0))
-    return counts
-
-
 def shuffled_users(users: Sequence[User], known: Sequence[str], seed: int = 0) -> list[User]:
-    """The same rows under other people's ids: every known user is replaced by another known one, at random per user.
-
-    With fewer than two known users there is nobody to swap with, and the ids stay.
-    """
-    present = sorted({user.id for user in users if user.id is not None} & set(known))
-    pool = present if len(present) > 1 else sorted(known)
-    order = np.random.default_rng(seed).permutation(len(pool))
+    """The same rows under other people's ids: each known user is replaced by another known one, always the same."""
+    order = np.random.default_rng(seed).permutation(sorted(known)).tolist()
     # A cycle through a random order gives everyone somebody else.
-    swap = {pool[order[i]]: pool[order[(i + 1) % len(pool)]] for i in range(len(pool))}
+    swap = dict(zip(order, order[1:] + order[:1], strict=True))
     return [User(swap.get(user.id, user.id) if user.id is not None else None, user.text) for user in users]

@@ -1,7 +1,6 @@
 """Metrics as pure functions of arrays.
 
-A figure with its uncertainty is `{"value", "low", "high", "n"}`, a 95 % interval; where there is nothing to measure,
-value, low and high are None.
+Figures are those of `core.figures`; where there is nothing to measure, value, low and high are None.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-Figure = dict[str, Any]
-Z95 = 1.959963984540054
+from ..core.figures import NOTHING, Figure, figure, wilson
+
 ENOUGH_USERS = 30
 DRAWS = 2000
 
@@ -34,28 +33,23 @@ def log_losses(margins: np.ndarray) -> np.ndarray:
     return np.logaddexp(0.0, -np.asarray(margins, dtype=np.float64))
 
 
-def figure(value: float, low: float, high: float, n: int) -> Figure:
-    return {"value": float(value), "low": float(low), "high": float(high), "n": int(n)}
+def clustered_mean(
+    values: np.ndarray,
+    clusters: Sequence[Any] | np.ndarray,
+    seed: int = 0,
+    bounds: tuple[float, float | None] = (0.0, 1.0),
+) -> Figure:
+    """Mean of values (B,) with a percentile bootstrap that draws whole clusters.
 
-
-NOTHING: Figure = {"value": None, "low": None, "high": None, "n": 0}
-
-
-def wilson(successes: float, n: int) -> Figure:
-    """Share with Wilson's score interval; half successes (ties) are allowed."""
-    if not n:
-        return dict(NOTHING)
-    share, square = successes / n, Z95**2
-    centre = (share + square / (2 * n)) / (1 + square / n)
-    half = Z95 / (1 + square / n) * np.sqrt(share * (1 - share) / n + square / (4 * n**2))
-    return figure(share, centre - half, centre + half, n)
-
-
-def clustered_mean(values: np.ndarray, clusters: Sequence[Any] | np.ndarray, seed: int = 0) -> Figure:
-    """Mean of values (B,) with a percentile bootstrap that draws whole clusters."""
+    Where the clusters do not differ, a bootstrap has no width; then the interval is as wide as Wilson's for a share of
+    0 or 1. With a single cluster it is all of `bounds`.
+    """
     if not len(values):
         return dict(NOTHING)
     codes, names = pd.factorize(np.asarray(clusters, dtype=object))
+    mean = float(np.mean(values))
+    if len(names) < 2:
+        return {"value": mean, "low": bounds[0], "high": bounds[1], "n": len(values)}
     sums = np.bincount(codes, weights=values)
     sizes = np.bincount(codes).astype(np.float64)
     random = np.random.default_rng(seed)
@@ -64,7 +58,10 @@ def clustered_mean(values: np.ndarray, clusters: Sequence[Any] | np.ndarray, see
         times = np.bincount(random.integers(0, len(names), len(names)), minlength=len(names))
         means[i] = times @ sums / (times @ sizes)
     low, high = np.percentile(means, [2.5, 97.5])
-    return figure(float(np.mean(values)), low, high, len(values))
+    if high - low < 1e-12:
+        half = wilson(0, len(names))["high"]
+        low, high = max(bounds[0], mean - half), min(np.inf if bounds[1] is None else bounds[1], mean + half)
+    return figure(mean, low, high, len(values))
 
 
 def resampling_units(user_ids: Sequence[Any], prompts: Sequence[Any]) -> tuple[str, Sequence[Any]]:
@@ -76,7 +73,7 @@ def paired_difference(
     first: np.ndarray, second: np.ndarray, clusters: Sequence[Any] | np.ndarray, seed: int = 0
 ) -> Figure:
     """Mean of first - second on the same comparisons, with the same bootstrap."""
-    return clustered_mean(np.asarray(first) - np.asarray(second), clusters, seed)
+    return clustered_mean(np.asarray(first) - np.asarray(second), clusters, seed, (-1.0, 1.0))
 
 
 def mean_over_users(per_user: np.ndarray) -> Figure:

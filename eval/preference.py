@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from ..core.comparisons import Comparison, User
+from ..core.figures import Figure, wilson
 from ..core.scoring import Scorer, ScoreRequest
 from ..core.splits import prompt_text
 from .baselines import always_longer, length_rule, shuffled_users
 from .metrics import (
-    Figure,
     accuracies,
     clustered_mean,
     log_losses,
@@ -24,7 +24,6 @@ from .metrics import (
     paired_difference,
     per_user,
     resampling_units,
-    wilson,
 )
 
 SHUFFLES = 5
@@ -38,11 +37,15 @@ class Evaluation:
         figures: the JSON object that `prlhf eval preference` prints.
         users: one row per user: `user_id`, `known`, `n`, accuracy of every model, Wilson interval of the first.
         correct: model -> (B,) 1, 0.5 or 0 per comparison, in the order of the rows; for paired differences.
+        seen: (B,) whether the comparison's user was seen in training.
+        clusters: (B,) what a bootstrap draws.
     """
 
     figures: dict[str, Any]
     users: pd.DataFrame
     correct: dict[str, np.ndarray] = field(repr=False)
+    seen: np.ndarray = field(repr=False)
+    clusters: np.ndarray = field(repr=False)
 
 
 def margins(scorer: Scorer, rows: Sequence[Comparison], users: Sequence[User]) -> np.ndarray:
@@ -85,21 +88,21 @@ def evaluate(
     own, row0 = by_model[name][0], by_model["row0"][0]
     figures = {
         "rows": len(rows),
-        "users": {"seen": len(known), "unseen": len({u.id for u in users} - set(known))},
+        "users": {"seen": len(known), "unseen": len({u.id for u in users} - {None, *known})},
         "interval": f"95 %, bootstrap over {unit}s; average: Student's t over users",
         "accuracy": _accuracy(name, correct, seen, clusters, table),
         "log_loss": {
-            name: clustered_mean(log_losses(own), clusters),
-            "row0": clustered_mean(log_losses(row0), clusters),
+            name: clustered_mean(log_losses(own), clusters, bounds=(0.0, None)),
+            "row0": clustered_mean(log_losses(row0), clusters, bounds=(0.0, None)),
         },
         "difference": {
             other: paired_difference(correct[name][seen], correct[other][seen], clusters[seen])
             for other in correct
-            if other != name
+            if other not in (name, "length_rule_row0")
         },
         "ties": int((own == 0).sum()),
     }
-    return Evaluation(figures, table, correct)
+    return Evaluation(figures, table, correct, seen, clusters)
 
 
 def _all_margins(
@@ -122,7 +125,10 @@ def _all_margins(
     result = {name: [own], "row0": [row0]}
     result |= {other: [margins(baseline, rows, users)] for other, baseline in baselines.items() if other != name}
     result |= {"longer": [margins(always_longer(), rows, users)]}
-    result |= {"length_rule": [margins(length_rule(directions), rows, users)], "shuffled_users": shuffled}
+    rule = length_rule(directions)
+    result |= {"length_rule": [margins(rule, rows, users)], "length_rule_row0": [margins(rule, rows, nobody)]}
+    if len(known) > 1:  # with one user there is nobody else's id
+        result["shuffled_users"] = shuffled
     return result
 
 
@@ -130,15 +136,14 @@ def _accuracy(
     name: str, correct: dict[str, np.ndarray], seen: np.ndarray, clusters: np.ndarray, table: pd.DataFrame
 ) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
+    # A model that does not read the user is its own row 0.
+    row0 = {name: "row0", "shuffled_users": "row0", "length_rule": "length_rule_row0"}
     for model, values in correct.items():
-        if model == "row0":  # stands inside every personal model, as top_row0
+        if model in row0.values():
             continue
         figures[model] = {
             "top": clustered_mean(values[seen], clusters[seen]),
-            # A model without user vectors is its own row 0.
-            "top_row0": clustered_mean(
-                correct["row0" if model in (name, "shuffled_users") else model][seen], clusters[seen]
-            ),
+            "top_row0": clustered_mean(correct[row0.get(model, model)][seen], clusters[seen]),
             "generic": clustered_mean(values[~seen], clusters[~seen]),
             "average": _averages(table, model),
         }

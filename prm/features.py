@@ -9,7 +9,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -205,10 +204,11 @@ class FeatureReader:
         return self.tokenizer.rows([t[0] for t in texts], [t[2] for t in texts], [t[1] for t in texts])
 
 
-@lru_cache(maxsize=4)
 def feature_reader(backbone: Backbone, layout: TextLayout) -> FeatureReader:
-    """The reader of a backbone under a layout; the same one again for the same two."""
-    return FeatureReader(backbone, layout)
+    """The reader of a backbone under a layout; the same one again for the same two, as long as the backbone lives."""
+    if layout not in backbone.memo:
+        backbone.memo[layout] = FeatureReader(backbone, layout)
+    return backbone.memo[layout]
 
 
 def texts_of(rows: Sequence[Comparison]) -> list[Text]:

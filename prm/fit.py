@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ..core.comparisons import Comparison, Comparisons, DataError
+from ..core.figures import wilson
 from ..core.pretrained import Backbone
 from ..core.splits import data_hash
 from ..core.tokenize import RowTokenizer, TextLayout
@@ -23,7 +23,7 @@ from .reward_model import LinearHead, PersonalizedRewardModel, length_facts
 
 TRIAL_USERS = 200
 TRIAL_ROWS = 20
-MIXTURE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+MIXTURE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e6)  # the last keeps a new user at row 0
 
 
 @dataclass
@@ -50,6 +50,10 @@ def frozen_features(rows: Comparisons, reader: FeatureReader, pooling: str, show
     over = reader.cut(texts_of(rows)).reshape(2, len(rows)).max(0)  # (B,) tokens over the limit
     over_long = _count_over_long(rows, over, reader.layout)
     kept = [row for row, tokens in zip(rows, over, strict=True) if not tokens or reader.layout.over_long != "drop"]
+    if not kept:
+        raise DataError(
+            f"{rows.source}: no row is left under --max-length {reader.layout.max_length}; raise it, or truncate"
+        )
     chosen, rejected = np.split(reader.positions(texts_of(kept), show), 2)  # each (B,)
     differences = reader.gather(chosen, pooling).sub_(reader.gather(rejected, pooling))
     finite = torch.isfinite(differences).all(1)
@@ -147,6 +151,7 @@ def _settings(
         "user_loss_alpha": config.user_loss_alpha,
         "pooling": pooling,
         "layout": layout.to_dict(),
+        "reads_user_text": layout.user_text == "input" and any(row.user.text for row in train),
         "mixture_strength": mixture,
         "seed": config.seed,
         "model": {
@@ -155,6 +160,7 @@ def _settings(
             "label": source.label,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "fingerprint": backbone.fingerprint,
+            "text_hash": backbone.text_hash,
         },
         "data": {"source": train.source, "hash": data_hash(list(train))},
     }
@@ -182,10 +188,9 @@ def _figures(
 
 @torch.no_grad()
 def _accuracy(fit: HeadFit, examples: Examples) -> dict[str, Any]:
-    """Share of comparisons with a positive margin, as a figure with Wilson's interval."""
-    right = int(((fit.users(examples.users) * examples.z).sum(1) > 0).sum())
-    found = stats.binomtest(right, len(examples)).proportion_ci(method="wilson")
-    return {"value": right / len(examples), "low": found.low, "high": found.high, "n": len(examples)}
+    """Accuracy on comparisons, a tie counting half, with Wilson's interval."""
+    margins = (fit.users(examples.users) * examples.z).sum(1)
+    return wilson(float((0.5 * (torch.sign(margins) + 1)).sum()), len(examples))
 
 
 def _user_facts(train: FrozenFeatures) -> dict[str, dict[str, Any]]:

@@ -160,7 +160,7 @@ class PriorTrial:
     row: int
 
 
-ISOTROPIC = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+ISOTROPIC = (0.0, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHTS = (0.0, 0.25, 1.0, 4.0)
 FOLDS = 8
 
@@ -181,7 +181,8 @@ def choose_prior(
     """
     tried = []
     for factor in ISOTROPIC:
-        for weight in WEIGHTS if len(offsets) > 1 else (0.0,):
+        # With 0, a new user stays at row 0: what to choose where comparisons of seen users do not tell them apart.
+        for weight in WEIGHTS if len(offsets) > 1 and factor else (0.0,):
             isotropic = factor / max(strength, 1e-6)
             losses = [loss for fold in range(FOLDS) for loss in _fold_losses(offsets, trials, fold, isotropic, weight)]
             if losses:

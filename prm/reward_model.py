@@ -1,5 +1,6 @@
 """PersonalizedRewardModel: scores and ranks responses per user (P-RM, appendix F.2 of the paper)."""
 
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from ..core.artefact import ArtefactError
 from ..core.comparisons import Comparison, Prompt, User
 from ..core.pretrained import Backbone, find_model, load_backbone
 from ..core.scoring import Ranking, Scorer, ScoreRequest, ranking
+from ..core.splits import group_key
 from ..core.tokenize import TextLayout
 from ..core.users import ClusterUsers, UniformUsers, UserIndex, UserModel, make_user_model
 from .card import card
@@ -46,14 +48,14 @@ class LinearHead:
         return {
             "uniform": self.uniform.contiguous(),
             "scale": torch.tensor(self.scale, dtype=torch.float64),
-            "prior_isotropic": torch.tensor(prior.isotropic, dtype=torch.float64),
+            "prior_isotropic": torch.tensor(prior.isotropic if self.prior else -1.0, dtype=torch.float64),
             "prior_factor": torch.from_numpy(np.ascontiguousarray(prior.factor)),
         }
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor]) -> "LinearHead":
         isotropic = float(tensors["prior_isotropic"])
-        prior = OffsetPrior(isotropic, tensors["prior_factor"].numpy()) if isotropic else None
+        prior = OffsetPrior(isotropic, tensors["prior_factor"].numpy()) if isotropic >= 0 else None
         return cls(tensors["uniform"], float(tensors["scale"]), prior)
 
 
@@ -97,9 +99,12 @@ class PersonalizedRewardModel:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | None = None, show: bool = False
+        cls, folder: str | Path, device: str | None = None, show: bool = False, model: str | None = None
     ) -> "PersonalizedRewardModel":
         """Loads a trained run.
+
+        Args:
+            model: where the backbone is, if not where training found it; its weights are checked either way.
 
         Raises:
             ArtefactError: the folder holds no complete run; names the file. Nothing is ever initialised anew.
@@ -111,12 +116,14 @@ class PersonalizedRewardModel:
         head = LinearHead.of(load_file(folder / "head.safetensors"))
         made = manifest["settings"]
         start = torch.zeros_like(head.uniform)
-        model = make_user_model(made["user_model"], len(users), start, **made["user_options"])
+        if model:
+            made["model"] = {**made["model"], "name": model, "path": model if Path(model).is_dir() else ""}
+        user_model = make_user_model(made["user_model"], len(users), start, **made["user_options"])
         try:
-            model.load_state_dict(weights)
+            user_model.load_state_dict(weights)
         except RuntimeError as error:
             raise ArtefactError(f"{folder / 'user_model.safetensors'}: does not fit users.json: {error}") from None
-        return cls(users, model, head, made, manifest["figures"], device, show)
+        return cls(users, user_model, head, made, manifest["figures"], device, show)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the run with its model card: all of it, or nothing (see `core.artefact`)."""
@@ -143,15 +150,33 @@ class PersonalizedRewardModel:
         """
         if self._backbone is None:
             made = self.settings["model"]
-            self._backbone = load_backbone(find_model(made["path"] or made["name"]), made["dtype"], self.device)
-            if self._backbone.fingerprint != made["fingerprint"]:
-                raise ArtefactError(
-                    f"model {made['name']}: its weights have the fingerprint {self._backbone.fingerprint}, but this "
-                    f"run was trained on {made['fingerprint']} ({made['label']}, {made['dtype']})"
-                )
+            source = find_model(made["path"] or made["name"])
+            if self.show:
+                print(source.origin, file=sys.stderr)
+            found = load_backbone(source, made["dtype"], self.device)
+            for what, seen, wanted in (
+                ("weights and configuration", found.fingerprint, made["fingerprint"]),
+                ("tokenizer and chat template", found.text_hash, made["text_hash"]),
+            ):
+                if seen != wanted:
+                    raise ArtefactError(
+                        f"model {made['name']}: its {what} have the hash {seen}, but this run was trained on {wanted} "
+                        f"({made['label']}, {made['dtype']})"
+                    )
+            self._backbone = found
         return self._backbone
 
-    def over_long(self, rows: Sequence[Comparison]) -> dict[str, int]:
+    def over_long(self, requests: Sequence[ScoreRequest]) -> int:
+        """How many distinct texts are over the layout's `max_length`; scoring truncates them, whatever training did."""
+        texts = list(
+            {
+                (str(prompt), about, response): (prompt, about, response)
+                for prompt, about, response in _texts(requests)
+            }.values()
+        )
+        return int((self.reader.cut(texts) > 0).sum())
+
+    def over_long_by_user(self, rows: Sequence[Comparison]) -> dict[str, int]:
         """How many comparisons of each user are over the layout's `max_length`; scoring truncates them."""
         over = self.reader.cut(texts_of(rows)).reshape(2, len(rows)).max(0)
         return dict(Counter(row.user.id or "" for row, tokens in zip(rows, over, strict=True) if tokens))
@@ -225,8 +250,9 @@ class PersonalizedRewardModel:
         own = self._fit(z)
         seconds = time.perf_counter() - begun
         held = np.empty(len(z))
-        for fold in range(min(folds, len(z))):
-            out = np.arange(len(z)) % min(folds, len(z)) == fold
+        parts = _folds(rows, folds)
+        for fold in range(parts.max() + 1):
+            out = parts == fold
             held[out] = z[out] @ self._vector(self._fit(z[~out]))
         at = self.users.row(user_id) or self.users.add(user_id)
         self.user_model.put_row(at, torch.from_numpy(own).float())
@@ -265,6 +291,16 @@ class PersonalizedRewardModel:
 
 def _texts(requests: Sequence[ScoreRequest]) -> list[Text]:
     return [(r.prompt, r.user.text, response) for r in requests for response in r.responses]
+
+
+def _folds(rows: Sequence[Comparison], folds: int) -> np.ndarray:
+    """Fold of each row (B,); rows of one prompt, or of one pair where all share a prompt, are in the same fold."""
+    for by in ("prompt", "pair"):
+        keys = [group_key(row, by) for row in rows]
+        if len(set(keys)) > 1:
+            break
+    number = {key: i % folds for i, key in enumerate(dict.fromkeys(keys))}
+    return np.asarray([number[key] for key in keys])
 
 
 def length_facts(rows: Sequence[Comparison]) -> dict[str, int]:

@@ -8,7 +8,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import logsigmoid
 
 from prlhf.core.users import make_user_model
-from prlhf.prm.heads import Examples, HeadConfig, _steps, fit_heads, log_loss, train
+from prlhf.prm.head_steps import make_steps
+from prlhf.prm.heads import Examples, HeadConfig, fit_heads, log_loss, train
 from prlhf.prm.new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture, fit_offsets
 
 D = 6
@@ -48,7 +49,7 @@ def test_a_step_follows_the_gradient_of_the_papers_loss(name: str, options: dict
     for value in users.parameters():
         value.grad = None
     with torch.no_grad():
-        _steps(users, torch.bincount(data.users, minlength=5), config, 0.0, 0.0, torch.zeros(D)).step(
+        make_steps(users, torch.bincount(data.users, minlength=5), config, 0.0, 0.0, torch.zeros(D)).step(
             data.z, data.users
         )
         moves = {key: value - before[key] for key, value in users.named_parameters()}
@@ -85,7 +86,7 @@ def test_training_reaches_the_convex_optimum() -> None:
     optimum = best.x.reshape(4, D)
     users = make_user_model("individualized", 4, torch.zeros(D))
     config = HeadConfig(learning_rate=0.05, batch_size=100, max_epochs=1500, patience=1500)
-    steps = _steps(users, torch.bincount(data.users, minlength=4), config, base, strength, torch.zeros(D))
+    steps = make_steps(users, torch.bincount(data.users, minlength=4), config, base, strength, torch.zeros(D))
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _ in range(1500):
@@ -129,7 +130,7 @@ def test_nan_stops_training() -> None:
     bad = Examples(torch.full_like(data.z, float("nan")), data.users)
     users = make_user_model("uniform", 3, torch.zeros(D))
     config = HeadConfig(user_model="uniform")
-    steps = _steps(users, torch.bincount(data.users, minlength=3), config, 0.0, 0.0, torch.zeros(D))
+    steps = make_steps(users, torch.bincount(data.users, minlength=3), config, 0.0, 0.0, torch.zeros(D))
     with pytest.raises(FloatingPointError, match="epoch 1"):
         train(steps, bad, data, config)
 
@@ -199,3 +200,18 @@ def test_prior_is_chosen_without_the_judged_users_own_offset() -> None:
     assert prior.factor[0].argmax() == 0 or np.abs(prior.factor[0]).argmax() == 0
     weightless = min(t["log_loss"] for t in tried if t["weight"] == 0)
     assert min(t["log_loss"] for t in tried) < 0.7 * weightless
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"user_loss_alpha": 1.5}, "between 0 and 1"),
+        ({"user_strengths": (float("nan"),)}, "user_strengths"),
+        ({"base_strengths": ()}, "base_strengths"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        HeadConfig(**changes)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from prlhf.core.comparisons import Comparison, User
+from prlhf.core.figures import NOTHING, wilson
 from prlhf.core.scoring import each
 from prlhf.eval import metrics
-from prlhf.eval.baselines import length_counts, length_directions, shuffled_users
+from prlhf.eval.baselines import length_directions, shuffled_users
 from prlhf.eval.preference import evaluate
 
 
@@ -21,10 +22,10 @@ def test_log_loss_at_zero_margin_is_log_2_and_does_not_overflow() -> None:
 
 
 def test_wilson_of_8_in_10() -> None:
-    found = metrics.wilson(8, 10)
+    found = wilson(8, 10)
     assert (found["value"], found["n"]) == (0.8, 10)
     assert (found["low"], found["high"]) == pytest.approx((0.49016, 0.94332), abs=1e-4)
-    assert metrics.wilson(0, 0) == metrics.NOTHING
+    assert wilson(0, 0) == NOTHING
 
 
 def test_mean_over_users_is_students_t() -> None:
@@ -51,7 +52,18 @@ def test_bootstrap_draws_users_from_thirty_on() -> None:
 def test_paired_difference_cancels_what_both_share() -> None:
     hard = np.random.default_rng(0).random(200) < 0.5
     found = metrics.paired_difference(hard + 0.0, hard - 0.25, range(200))
-    assert (found["low"], found["high"]) == pytest.approx((0.25, 0.25))
+    assert found["value"] == 0.25
+    assert 0.2 < found["low"] < 0.25 < found["high"] < 0.3
+
+
+def test_no_interval_is_without_width() -> None:
+    """Four right answers to one prompt, or to four, do not prove a model right on all."""
+    one = metrics.clustered_mean(np.ones(4), ["p"] * 4)
+    assert (one["value"], one["low"], one["high"]) == (1, 0, 1)
+    four = metrics.clustered_mean(np.ones(4), list("abcd"))
+    assert four["low"] == pytest.approx(wilson(4, 4)["low"])
+    alike = metrics.paired_difference(np.ones(4), np.ones(4), list("abcd"))
+    assert alike["low"] < 0 < alike["high"]
 
 
 def rows_of(user: str | None, longer: int, shorter: int, group: str = "g") -> list[Comparison]:
@@ -61,9 +73,7 @@ def rows_of(user: str | None, longer: int, shorter: int, group: str = "g") -> li
 
 
 def test_length_rule_directions() -> None:
-    counts = length_counts(rows_of("a", 3, 1) + rows_of("b", 0, 3))
-    assert counts == {"a": (3, 1), "b": (0, 3)}
-    assert length_directions(counts) == {"a": 1, "b": -1, None: -1}
+    assert length_directions({"a": (3, 1), "b": (0, 3)}) == {"a": 1, "b": -1, None: -1}
 
 
 def test_shuffled_users_never_keep_their_own_id() -> None:
@@ -92,6 +102,7 @@ def test_evaluation_follows_the_papers_definitions() -> None:
     assert accuracy["mine"]["average"]["minority"]["value"] == 0.75
     assert accuracy["uniform"]["top"]["value"] == 5 / 8
     assert accuracy["length_rule"]["top"]["value"] == 7 / 8
+    assert accuracy["length_rule"]["top_row0"]["value"] == 5 / 8
     assert accuracy["shuffled_users"]["top"]["value"] == 1 / 8
     assert found.figures["difference"]["uniform"]["value"] == pytest.approx(2 / 8)
     assert {"value", "low", "high", "n"} == set(accuracy["mine"]["generic"])
@@ -101,4 +112,5 @@ def test_evaluation_follows_the_papers_definitions() -> None:
 def test_evaluation_without_unseen_users_says_so() -> None:
     scorer = each(lambda user, prompt, response: float(len(response)))
     found = evaluate("mine", scorer, rows_of("a", 1, 1), lambda u: True, {}, {None: 1})
-    assert found.figures["accuracy"]["mine"]["generic"] == metrics.NOTHING
+    assert found.figures["accuracy"]["mine"]["generic"] == NOTHING
+    assert "shuffled_users" not in found.figures["accuracy"]  # nobody to swap with

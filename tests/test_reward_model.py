@@ -234,3 +234,25 @@ def test_nan_is_never_picked_and_ties_keep_their_order() -> None:
 def test_plain_function_as_scorer() -> None:
     score = each(lambda user, prompt, response: len(response))
     assert score([ScoreRequest(User(None), "p", ["a", "bcd"])])[0].tolist() == [1.0, 3.0]
+
+
+def test_configuration_is_part_of_the_fingerprint(tiny_model: Path, tmp_path: Path) -> None:
+    """Equal weights under another configuration give other hidden states, so they must not share a cache."""
+    import shutil
+
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    saved = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**saved, "rms_norm_eps": 0.1}))
+    found = [load_backbone(find_model(str(folder)), "float32", "cpu").fingerprint for folder in (tiny_model, other)]
+    assert found[0] != found[1]
+
+
+def test_held_out_margins_of_a_new_user_see_no_copy_of_their_row(tiny_backbone: Backbone) -> None:
+    """Ten copies of a few coin flips teach nothing about themselves."""
+    fitted = fit(tiny_backbone)
+    random = np.random.default_rng(0)
+    words = ["".join(chr(97 + c) for c in random.integers(0, 26, 12)) for _ in range(24)]
+    flips = [Comparison(User("x"), f"p{i}", words[2 * i], words[2 * i + 1]) for i in range(12)]
+    once, often = fitted.add_user("once", flips), fitted.add_user("often", flips * 10)
+    assert (often.margins > 0).mean() == pytest.approx((once.margins > 0).mean(), abs=0.35)
+    assert (often.margins > 0).mean() < 0.95

@@ -43,8 +43,10 @@ def main() -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app()
-    except KeyboardInterrupt:
-        _stop("interrupted; what is computed is kept, run the same command again to go on", INTERRUPTED)
+    except SystemExit as stopped:  # typer turns an interrupt into this
+        if stopped.code == INTERRUPTED:
+            _stop("interrupted; what is computed is kept, run the same command again to go on", INTERRUPTED)
+        raise
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

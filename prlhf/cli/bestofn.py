@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Json
+from .options import Json, ModelPlace
 from .output import plain, print_json, table, tell
 
 if TYPE_CHECKING:
@@ -29,12 +29,13 @@ def score(
     candidates: CandidateFile,
     users: Users,
     out: Annotated[Path, typer.Option(help="JSONL: one line per prompt and user, with scores in the given order.")],
+    base: ModelPlace = None,
 ) -> None:
     """Score every candidate for every user. What is in --out already is kept and not computed again."""
     from prlhf.bestofn.rerank import PROMPTS_AT_ONCE, record_key
     from prlhf.core.store import JsonlStore
 
-    model, prompts, asked = _open(run, candidates, users)
+    model, prompts, asked = _open(run, candidates, users, base)
     identity = _identity(run)
     keys = {record_key(identity, user, c.prompt, c.responses) for c in prompts for user in asked}
     store = JsonlStore(out)
@@ -60,12 +61,13 @@ def rerank(
     candidates: CandidateFile,
     users: Users,
     out: Annotated[Path | None, typer.Option(help="JSONL: one line per prompt and user, best response first.")] = None,
+    base: ModelPlace = None,
     json: Json = False,
 ) -> None:
     """Order the candidates for every user, best first."""
     import json as codec
 
-    model, prompts, asked = _open(run, candidates, users)
+    model, prompts, asked = _open(run, candidates, users, base)
     records = [{**_record(r), "order": list(r.order), "best": r.best} for r in _rank(model, prompts, asked)]
     if out:
         new = out.with_name(out.name + ".new")
@@ -79,27 +81,34 @@ def rerank(
 
 
 def _open(
-    run: Path, candidates: Path, users: list[str]
+    run: Path, candidates: Path, users: list[str], base: str | None
 ) -> "tuple[PersonalizedRewardModel, list[Candidates], list[User]]":
     from prlhf.bestofn.rerank import read_candidates
     from prlhf.core.scoring import ScoreRequest
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     prompts = read_candidates(candidates)
-    model = PersonalizedRewardModel.from_pretrained(run, show=True)
+    model = PersonalizedRewardModel.from_pretrained(run, show=True, model=base)
     asked = _users(users, model.users.ids)
     unknown = [user.id or "(none)" for user in asked if not model.knows(user)]
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         tell(f"not in {run}, ranked as the unknown user (row 0): {', '.join(unknown[:5])}{more}")
-    if model.layout.user_text == "input" and any(user.text for user in asked):
+    texts = sum(bool(user.text) for user in asked)
+    if model.settings["reads_user_text"] and texts < len(asked):
+        tell("this run was trained with texts about users, and some users here have none; give them in a .jsonl file")
+    if model.layout.user_text == "input" and texts:
         tell("the users' texts are part of the input, so each user costs a pass of their own")
-    model.prepare([ScoreRequest(user, c.prompt, c.responses) for c in prompts for user in asked])
+    requests = [ScoreRequest(user, c.prompt, c.responses) for c in prompts for user in asked]
+    model.prepare(requests)
+    over = model.over_long(requests)
+    if over:
+        tell(f"{over:,} responses over the run's {model.layout.max_length} tokens are truncated")
     return model, prompts, asked
 
 
 def _users(given: list[str], known: list[str]) -> "list[User]":
-    from prlhf.core.comparisons import DataError, User
+    from prlhf.core.comparisons import DataError, Problem, User, to_user
     from prlhf.core.sources import read_rows
 
     if given == ["all"]:
@@ -107,13 +116,15 @@ def _users(given: list[str], known: list[str]) -> "list[User]":
             raise ValueError("--users all: this run knows no user")
         return [User(user) for user in known]
     if len(given) == 1 and given[0].endswith(".jsonl"):
-        found = []
-        for place, row in read_rows(given[0]):
-            if not isinstance(row, dict) or row.get("user_id") is None:
-                raise DataError(f"{place}: user_id: missing")
-            found.append(User(str(row["user_id"]), str(row.get("user_text") or "")))
-        return found
-    return [User(user.strip()) for part in given for user in part.split(",") if user.strip()]
+        found = [row if isinstance(row, Problem) else to_user(row, place) for place, row in read_rows(given[0])]
+        for user in found:
+            if isinstance(user, Problem):
+                raise DataError(str(user))
+        return [user for user in found if isinstance(user, User)]
+    asked = [User(user.strip()) for part in given for user in part.split(",") if user.strip()]
+    if not asked:
+        raise ValueError(f"--users {' '.join(given)!r}: names nobody; give ids, all, or a .jsonl file")
+    return asked
 
 
 def _rank(model: "PersonalizedRewardModel", prompts: "list[Candidates]", users: "list[User]") -> "list[Ranking]":

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Columns, Json, MaxBadRows, MissingUser, load
-from .output import percent, print_json, table, tell, write_json
+from .options import Columns, Json, MaxBadRows, MissingUser, column_map, load
+from .output import percent, plain, print_json, table, tell, write_json
 
 app = typer.Typer(help="Check, describe and split comparisons.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(help="JSONL, CSV or Parquet file, saved datasets folder, or hub name[:split].")]
@@ -21,14 +21,22 @@ def check(
     json: Json = False,
 ) -> None:
     """Read every row, and name file, line and field of each one that can't be used."""
-    rows = load(source, columns, max_bad_rows, missing_user)
+    from prlhf.core.comparisons import RowPolicy, TooManyBadRows, sort_out
+    from prlhf.core.sources import read_rows
+
+    rows = sort_out(read_rows(source, column_map(columns)), source, RowPolicy(missing_user=missing_user))
     if json:
         listed = [{"place": p.place, "field": p.field, "what": p.what, "kind": p.kind} for p in rows.dropped]
         print_json({"rows": len(rows), "users": len(set(rows.user_ids) - {None}), "left_out": listed})
-        return
-    for problem in rows.dropped:
-        typer.echo(f"left out: {problem}")
-    typer.echo("every row can be used" if not rows.dropped else f"{len(rows.dropped):,} rows are left out")
+    else:
+        for problem in rows.dropped:
+            typer.echo(plain(str(problem)))
+        typer.echo(plain(rows.notice()))
+    bad = rows.dropped_counts.get("bad", 0)
+    if bad > max_bad_rows or not len(rows):
+        raise TooManyBadRows(
+            f"{source}: {bad:,} rows can't be used, and {max_bad_rows:,} may be left out (--max-bad-rows)"
+        )
 
 
 @app.command()
@@ -68,8 +76,8 @@ def stats(
 def _stats(rows: Any) -> dict[str, Any]:
     from statistics import median
 
+    from prlhf.core.figures import wilson
     from prlhf.core.splits import group_key, prompt_text
-    from prlhf.eval.metrics import wilson
 
     counts: dict[str, int] = {}
     longer: dict[str, int] = {}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Columns, Json, MaxBadRows, MissingUser, load
+from .options import Columns, Json, MaxBadRows, MissingUser, ModelPlace, load
 from .output import percent, print_json, table, tell, write_json
 
 if TYPE_CHECKING:
@@ -30,26 +30,29 @@ def preference(
     per_user: Annotated[
         Path | None, typer.Option(help="Write the per-user table to this .parquet or .jsonl file.")
     ] = None,
+    model: ModelPlace = None,
     columns: Columns = None,
     missing_user: MissingUser = "refuse",
     max_bad_rows: MaxBadRows = 0,
     json: Json = False,
 ) -> None:
     """Accuracy with and without the user, beside the uniform model, length rules and a shuffled-user control."""
-    from prlhf.eval.metrics import paired_difference, resampling_units
+    from prlhf.eval.metrics import paired_difference
 
+    if per_user and per_user.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"--per-user {per_user}: must end in .parquet or .jsonl")
     rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
-    result = _evaluate(run, rows, group)
+    result = _evaluate(run, rows, group, model)
     figures = {"run": str(run), "data": data, "left_out": rows.dropped_counts, **result.figures}
     if figures["truncated"]:
         counts = sorted(figures["truncated"].items(), key=lambda count: -count[1])
         top = ", ".join(f"{user or '(no user)'} {n}" for user, n in counts[:5])
         tell(f"{data}: {sum(n for _, n in counts):,} rows over the run's length limit truncated ({top})")
     if against:
-        other = _evaluate(against, rows, group)
+        other = _evaluate(against, rows, group, model)
         mine, theirs = (next(iter(r.figures["accuracy"])) for r in (result, other))
-        _, clusters = resampling_units(rows.user_ids, [str(row.prompt) for row in rows])
-        difference = paired_difference(result.correct[mine], other.correct[theirs], clusters)
+        seen = result.seen
+        difference = paired_difference(result.correct[mine][seen], other.correct[theirs][seen], result.clusters[seen])
         figures["against"] = {
             "run": str(against),
             "difference": difference,
@@ -65,24 +68,23 @@ def preference(
         _show(figures, result)
 
 
-def _evaluate(run: Path, rows: "Comparisons", group: str | None) -> "Evaluation":
+def _evaluate(run: Path, rows: "Comparisons", group: str | None, place: str | None) -> "Evaluation":
     from prlhf.eval.baselines import length_directions
     from prlhf.eval.preference import evaluate
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
-    model = PersonalizedRewardModel.from_pretrained(run, show=True)
+    model = PersonalizedRewardModel.from_pretrained(run, show=True, model=place)
     counts = {user or None: (f["longer_chosen"], f["shorter_chosen"]) for user, f in model.users.facts.items()}
     directions = length_directions(counts)
     name = model.settings["user_model"]
     baselines = {"uniform": model.uniform_scorer()}
     result = evaluate(name, model.score, list(rows), model.knows, baselines, directions, group)
-    result.figures["truncated"] = model.over_long(list(rows))
+    result.figures["truncated"] = model.over_long_by_user(list(rows))
     return result
 
 
 def _write_users(result: "Evaluation", path: Path) -> None:
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"--per-user {path}: must end in .parquet or .jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         result.users.to_parquet(path, index=False)
     else:

@@ -19,6 +19,9 @@ MissingUser = Annotated[
     Literal["refuse", "generic"],
     typer.Option("--missing-user", help="Rows without user id: `refuse`, or `generic` (the unknown user)."),
 ]
+ModelPlace = Annotated[
+    str | None, typer.Option("--model", help="Where the backbone is now, if not where training found it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 

@@ -48,6 +48,7 @@ def _parse(args: list[str]) -> "RewardArguments":
     Raises:
         ValueError: an unknown flag or key (the nearest one is named), or a value that does not fit.
     """
+    import yaml
     from trl import TrlParser
 
     from prlhf.prm.arguments import RewardArguments
@@ -58,6 +59,8 @@ def _parse(args: list[str]) -> "RewardArguments":
         (arguments,) = parser.parse_args_and_config(args)
     except ValueError as error:
         raise ValueError(f"prm train: {error}{_nearest(str(error), RewardArguments)}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: not YAML: {error}") from None
     except FileNotFoundError as error:
         raise ValueError(f"--config {error.filename}: no such file") from None
     return arguments

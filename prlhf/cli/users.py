@@ -1,11 +1,12 @@
 """`prlhf users add|list|export`: the users of a run."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import Columns, Json, MaxBadRows, load
+from .options import Columns, Json, MaxBadRows, ModelPlace, load
 from .output import percent, print_json, table, tell
 
 app = typer.Typer(help="The users of a run.", no_args_is_help=True)
@@ -18,11 +19,13 @@ def add(
     run: RunOption,
     data: Annotated[str, typer.Option(help="Their comparisons; rows of other users in it are left alone.")],
     replace: Annotated[bool, typer.Option("--replace", help="Fit a user anew who is in the run already.")] = False,
+    base: ModelPlace = None,
     columns: Columns = None,
     max_bad_rows: MaxBadRows = 0,
     json: Json = False,
 ) -> None:
     """Give a new user a vector of their own: a convex fit on their comparisons, everything else frozen."""
+    from prlhf.core.artefact import writing
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     rows = load(data, columns, max_bad_rows, missing_user="generic")
@@ -31,9 +34,16 @@ def add(
         tell(f"{len(rows) - len(theirs):,} rows of other users are left alone")
     if not theirs:
         raise ValueError(f"--data {data}: no row of user {user_id!r}")
-    model = PersonalizedRewardModel.from_pretrained(run, show=True)
-    added = model.add_user(user_id, theirs, replace)
-    model.save_pretrained(run)
+    with writing(run) if run.is_dir() else nullcontext():  # so that two users added at once are both kept
+        model = PersonalizedRewardModel.from_pretrained(run, show=True, model=base)
+        trained = model.users.facts.get(user_id, {}).get("origin") == "trained"
+        added = model.add_user(user_id, theirs, replace)
+        model.save_pretrained(run)
+    if trained:
+        tell(f"{user_id} was in training, so row 0 has seen what they like; the gain below is not a new user's")
+    over = sum(model.over_long_by_user(theirs).values())
+    if over:
+        tell(f"{over:,} rows over the run's {model.layout.max_length} tokens are truncated")
     figures = _gain(added, theirs)
     if json:
         print_json(figures)
@@ -50,8 +60,9 @@ def add(
 
 
 def _gain(added: Any, rows: list[Any]) -> dict[str, Any]:
+    from prlhf.core.figures import wilson
     from prlhf.core.splits import prompt_text
-    from prlhf.eval.metrics import accuracies, paired_difference, wilson
+    from prlhf.eval.metrics import accuracies, paired_difference
 
     own, row0 = accuracies(added.margins), accuracies(added.row0_margins)
     return {
@@ -94,6 +105,8 @@ def export(
     out: Annotated[Path, typer.Option(help=".parquet or .jsonl: user_id and vector, row 0 first (null).")],
 ) -> None:
     """Write every user's vector, in units of the backbone's hidden states. The vectors are personal data."""
+    if out.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"--out {out}: must end in .parquet or .jsonl")
     import pandas as pd
     import torch
 
@@ -105,8 +118,6 @@ def export(
     frame = pd.DataFrame({"user_id": [None, *model.users.ids], "vector": list(vectors)})
     if out.suffix == ".parquet":
         frame.to_parquet(out, index=False)
-    elif out.suffix == ".jsonl":
-        frame.to_json(out, orient="records", lines=True, force_ascii=False)
     else:
-        raise ValueError(f"--out {out}: must end in .parquet or .jsonl")
+        frame.to_json(out, orient="records", lines=True, force_ascii=False)
     tell(f"{out}: {len(frame) - 1:,} users and row 0, {vectors.shape[1]} numbers each")
