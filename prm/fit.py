@@ -17,7 +17,8 @@ from ..core.splits import data_hash
 from ..core.tokenize import RowTokenizer, TextLayout
 from ..core.users import UserIndex, UserModel
 from .features import POOLINGS, FeatureReader, feature_reader, texts_of
-from .heads import Examples, HeadConfig, HeadFit, fit_heads
+from .head_config import HeadConfig
+from .heads import Examples, HeadFit, fit_heads
 from .new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture
 from .reward_model import LinearHead, PersonalizedRewardModel, length_facts
 
@@ -92,11 +93,7 @@ def fit_reward_model(
     Returns:
         the model; its `figures` hold the chosen strengths, every candidate, and the rows that were cut or dropped.
     """
-    pooling = pooling or default_pooling(backbone)
-    if pooling not in POOLINGS:
-        raise ValueError(f"--pooling {pooling}: must be one of {', '.join(POOLINGS)}")
-    resolved = RowTokenizer(backbone.tokenizer, layout).layout
-    resolved = replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
+    pooling, resolved = _resolve(backbone, layout, pooling)
     reader = feature_reader(backbone, resolved)
     parts = [frozen_features(rows, reader, pooling, show) for rows in (train, validation)]
     for name, part in zip(("train", "validation"), parts, strict=True):
@@ -117,6 +114,15 @@ def fit_reward_model(
     _divide(personal.users, scale)
     users.facts = _user_facts(parts[0])
     return PersonalizedRewardModel(users, personal.users, head, settings, figures, show=show, _backbone=backbone)
+
+
+def _resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tuple[str, TextLayout]:
+    """Pooling and layout with their defaults filled in, within what the backbone can read."""
+    pooling = pooling or default_pooling(backbone)
+    if pooling not in POOLINGS:
+        raise ValueError(f"--pooling {pooling}: must be one of {', '.join(POOLINGS)}")
+    resolved = RowTokenizer(backbone.tokenizer, layout).layout
+    return pooling, replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
 
 
 def _tell_over_long(name: str, over_long: dict[str, int], layout: TextLayout) -> None:

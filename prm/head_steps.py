@@ -1,14 +1,12 @@
 """Gradient steps of all users' heads, written out; a step touches only the rows of the users in the batch."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.users import ClusterUsers, IndividualizedUsers, UniformUsers, UserModel
-
-if TYPE_CHECKING:
-    from .heads import HeadConfig
+from .head_config import HeadConfig
 
 
 class RowAdagrad:
@@ -32,7 +30,7 @@ class RowAdagrad:
 class Steps:
     """Gradient steps for one user model: what the three have in common."""
 
-    def __init__(self, users: UserModel, counts: Tensor, config: "HeadConfig", base: float, strength: float):
+    def __init__(self, users: UserModel, counts: Tensor, config: HeadConfig, base: float, strength: float):
         self.users, self.counts, self.total = users, counts, int(counts.sum())
         self.alpha, self.base_strength, self.strength = config.user_loss_alpha, base, strength
         self.rate = config.learning_rate
@@ -143,7 +141,7 @@ def _adam_step(adam: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor,
 
 
 def make_steps(
-    users: UserModel, counts: Tensor, config: "HeadConfig", base: float, strength: float, start: Tensor
+    users: UserModel, counts: Tensor, config: HeadConfig, base: float, strength: float, start: Tensor
 ) -> Steps:
     """Steps for a user model.
 

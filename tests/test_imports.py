@@ -43,7 +43,8 @@ def test_import_direction_and_size(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno is not None
-            assert node.end_lineno - node.lineno < 60, node.name
+            text = ast.get_docstring(node, clean=False) or ""
+            assert node.end_lineno - node.lineno - len(text.splitlines()) < 40, node.name
 
 
 def test_import_is_light_and_public_names_resolve() -> None:

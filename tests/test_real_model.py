@@ -11,7 +11,7 @@ from prlhf.core.pretrained import EXAMPLE_MODEL, Backbone, find_model, load_back
 from prlhf.core.tokenize import RowTokenizer, TextLayout
 from prlhf.prm.features import hidden_states
 from prlhf.prm.fit import fit_reward_model
-from prlhf.prm.heads import HeadConfig
+from prlhf.prm.head_config import HeadConfig
 
 pytestmark = pytest.mark.real_model
 

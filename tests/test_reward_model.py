@@ -19,7 +19,7 @@ from prlhf.core.scoring import ScoreRequest, each, ranking
 from prlhf.core.tokenize import RowTokenizer, TextLayout
 from prlhf.prm import features
 from prlhf.prm.fit import fit_reward_model
-from prlhf.prm.heads import HeadConfig
+from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.reward_model import PersonalizedRewardModel
 
 

@@ -215,3 +215,17 @@ def test_data_hash_follows_texts_users_and_order():
     ]
     assert len(set(hashes)) == 3
     assert splits.data_hash([comparison(0, note="n"), comparison(1)]) == hashes[0]
+
+
+def test_rows_without_a_prompt_of_their_own_are_not_split_by_prompt():
+    """Else one question, cut where two answers part, would stand on both sides."""
+    from prlhf.core.comparisons import RowPolicy, check
+
+    rows = [
+        {"user_id": "a", "chosen": f"Q{i // 4}? The {w}", "rejected": f"Q{i // 4}? No"}
+        for i, w in enumerate("abcdefgh")
+    ]
+    found = check([(f"x:{i}", row) for i, row in enumerate(rows)], "x", RowPolicy())
+    with pytest.raises(DataError, match="x:0: has no prompt of its own"):
+        split(found, SplitPlan("prompt"))
+    assert sum(map(len, split(found, SplitPlan("pair", validation=0.2, test=0.2)).values())) == 8

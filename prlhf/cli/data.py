@@ -127,20 +127,13 @@ def split(
     Rows of unseen users that do not fall into the test part go to onboarding.parquet: comparisons to give such a user
     later, with `prlhf users add`.
     """
-    from prlhf.core.splits import SplitPlan, data_hash, write_parquet
+    from prlhf.core.splits import SplitPlan
     from prlhf.core.splits import split as split_rows
 
     k, n = _fold(fold)
     rows = load(source, columns, max_bad_rows, missing_user)
     parts = split_rows(rows, SplitPlan(by, validation, test, unseen_users, seed, k, n))
-    sizes: dict[str, Any] = {}
-    for name, part in parts.items():
-        if part:
-            write_parquet(part, out / f"{name}.parquet")
-            users = len({row.user.id for row in part} - {None})
-            sizes[name] = {"rows": len(part), "users": users, "hash": data_hash(part)}
-        else:
-            (out / f"{name}.parquet").unlink(missing_ok=True)
+    sizes = _write_parts(parts, out)
     made = {"source": source, "by": by, "seed": seed, "fold": fold, "left_out": rows.dropped_counts, "parts": sizes}
     write_json(made, out / "split.json")
     if json:
@@ -153,6 +146,21 @@ def split(
         )
     if "onboarding" in sizes:
         tell(f"{out / 'onboarding.parquet'}: rows of unseen users on training prompts, for `prlhf users add`")
+
+
+def _write_parts(parts: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
+    """Writes each part that has rows, removes what an earlier split left of the others, and gives their sizes."""
+    from prlhf.core.splits import data_hash, write_parquet
+
+    sizes = {}
+    for name, part in parts.items():
+        if not part:
+            (out / f"{name}.parquet").unlink(missing_ok=True)
+            continue
+        write_parquet(part, out / f"{name}.parquet")
+        users = len({row.user.id for row in part} - {None})
+        sizes[name] = {"rows": len(part), "users": users, "hash": data_hash(part)}
+    return sizes
 
 
 def _fold(fold: str) -> tuple[int, int]:

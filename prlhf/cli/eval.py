@@ -37,27 +37,14 @@ def preference(
     json: Json = False,
 ) -> None:
     """Accuracy with and without the user, beside the uniform model, length rules and a shuffled-user control."""
-    from prlhf.eval.metrics import paired_difference
-
     if per_user and per_user.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"--per-user {per_user}: must end in .parquet or .jsonl")
     rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
     result = _evaluate(run, rows, group, model)
     figures = {"run": str(run), "data": data, "left_out": rows.dropped_counts, **result.figures}
-    if figures["truncated"]:
-        counts = sorted(figures["truncated"].items(), key=lambda count: -count[1])
-        top = ", ".join(f"{user or '(no user)'} {n}" for user, n in counts[:5])
-        tell(f"{data}: {sum(n for _, n in counts):,} rows over the run's length limit truncated ({top})")
+    _tell_truncated(data, figures["truncated"])
     if against:
-        other = _evaluate(against, rows, group, model)
-        mine, theirs = (next(iter(r.figures["accuracy"])) for r in (result, other))
-        seen = result.seen
-        difference = paired_difference(result.correct[mine][seen], other.correct[theirs][seen], result.clusters[seen])
-        figures["against"] = {
-            "run": str(against),
-            "difference": difference,
-            "accuracy": other.figures["accuracy"][theirs],
-        }
+        figures["against"] = _compare(result, _evaluate(against, rows, group, model), against)
     if out:
         write_json(figures, out)
     if per_user:
@@ -66,6 +53,23 @@ def preference(
         print_json(figures)
     else:
         _show(figures, result)
+
+
+def _tell_truncated(data: str, by_user: dict[str, int]) -> None:
+    if by_user:
+        counts = sorted(by_user.items(), key=lambda count: -count[1])
+        top = ", ".join(f"{user or '(no user)'} {n}" for user, n in counts[:5])
+        tell(f"{data}: {sum(by_user.values()):,} rows over the run's length limit truncated ({top})")
+
+
+def _compare(result: "Evaluation", other: "Evaluation", run: Path) -> dict[str, Any]:
+    """The other run's accuracy, and this run's minus it on the rows of users that this run has seen."""
+    from prlhf.eval.metrics import paired_difference
+
+    mine, theirs = (next(iter(r.figures["accuracy"])) for r in (result, other))
+    seen = result.seen
+    difference = paired_difference(result.correct[mine][seen], other.correct[theirs][seen], result.clusters[seen])
+    return {"run": str(run), "difference": difference, "accuracy": other.figures["accuracy"][theirs]}
 
 
 def _evaluate(run: Path, rows: "Comparisons", group: str | None, place: str | None) -> "Evaluation":

@@ -47,9 +47,14 @@ def add(
     figures = _gain(added, theirs)
     if json:
         print_json(figures)
-        return
+    else:
+        _show_gain(figures, run)
+
+
+def _show_gain(figures: dict[str, Any], run: Path) -> None:
+    title = f"user {figures['user_id']} added to {run}: {figures['comparisons']} comparisons"
     table(
-        f"user {user_id} added to {run}: {added.comparisons} comparisons, fitted in {1000 * added.seconds:.1f} ms",
+        f"{title}, fitted in {figures['milliseconds']:.1f} ms",
         ["each comparison judged by a fit that did not see it", ""],
         [
             ("accuracy", percent(figures["accuracy"])),
