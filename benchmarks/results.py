@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from prlhf.cli.eval import evaluate_model
 from prlhf.cli.output import write_json
 from prlhf.core.artefact import versions
 from prlhf.core.comparisons import Comparison, Comparisons, RowPolicy, User
@@ -31,9 +32,8 @@ from prlhf.core.pretrained import EXAMPLE_MODEL, Backbone, find_model, load_back
 from prlhf.core.sources import load_comparisons
 from prlhf.core.splits import SplitPlan, prompt_text, split
 from prlhf.core.tokenize import TextLayout
-from prlhf.eval.baselines import length_directions
 from prlhf.eval.metrics import accuracies, clustered_mean, mean_over_users, paired_difference, resampling_units
-from prlhf.eval.preference import Evaluation, evaluate, margins
+from prlhf.eval.preference import margins
 from prlhf.prm.fit import fit_reward_model
 from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.reward_model import PersonalizedRewardModel
@@ -89,12 +89,6 @@ def fit(
     return fit_reward_model(train, validation, backbone, LAYOUT, pooling, HeadConfig(**config))
 
 
-def test(model: PersonalizedRewardModel, rows: list[Comparison], name: str) -> Evaluation:
-    counts = {user or None: (f["longer_chosen"], f["shorter_chosen"]) for user, f in model.users.facts.items()}
-    baselines = {"uniform": model.uniform_scorer()}
-    return evaluate(name, model.score, rows, model.knows, baselines, length_directions(counts))
-
-
 def progress(what: str, begun: float) -> None:
     print(f"{time.time() - begun:7.0f} s  {what}", file=sys.stderr, flush=True)
 
@@ -112,7 +106,7 @@ def personas8(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
                 model = fit(
                     parts, whole, backbone, pooling=pooling, user_model=user_model, user_options=options, seed=seed
                 )
-                found = test(model, parts["test"], name)
+                found = evaluate_model(model, parts["test"], name)
                 row0 = {f"{name}_row0": found.correct["row0"]}
                 correct = {**found.correct, **correct, name: found.correct[name], **row0}
                 chosen.append({"seed": seed, "pooling": pooling, "model": name, **brief(model)})
@@ -121,7 +115,7 @@ def personas8(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
             pool.add(parts["test"], correct)
         for count in (5, 10, 20, 50, 100, 200, 400, None):
             few = {**parts, "train": first_rows(parts["train"], count, seed)}
-            found = test(fit(few, whole, backbone, seed=seed), parts["test"], "individualized")
+            found = evaluate_model(fit(few, whole, backbone, seed=seed), parts["test"], "individualized")
             curve[str(count or "all")].add(parts["test"], found.correct)
             progress(f"seed {seed}, {count or 'all'} comparisons per user", begun)
         apart = split(whole, SplitPlan("prompt", unseen_users=0.25, seed=seed))
@@ -173,7 +167,7 @@ def ukpconvarg1(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
         rows = [row for row in parts["test"] if row.user.id in known]
         for name, (user_model, options) in {**USER_MODELS, "cluster_16": ("cluster", {"clusters": 16})}.items():
             model = fit(parts, enough, backbone, user_model=user_model, user_options=options, seed=seed)
-            found = test(model, rows, name)
+            found = evaluate_model(model, rows, name)
             correct = {**found.correct, **correct, name: found.correct[name], f"{name}_row0": found.correct["row0"]}
             chosen.append({"seed": seed, "model": name, **brief(model)})
             progress(
@@ -245,7 +239,7 @@ def pandalm(whole: Comparisons, backbone: Backbone) -> dict[str, Any]:
         for name in ("individualized", "cluster_2"):
             user_model, options = USER_MODELS[name]
             model = fit(parts, whole, backbone, user_model=user_model, user_options=options)
-            found = test(model, parts["test"], name)
+            found = evaluate_model(model, parts["test"], name)
             correct = {**found.correct, **correct, name: found.correct[name], f"{name}_row0": found.correct["row0"]}
             chosen.append({"fold": fold, "model": name, **brief(model)})
             progress(f"fold {fold}, {name}: {found.correct[name].mean():.4f}", begun)

@@ -150,6 +150,18 @@ def writing(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; what is written becomes `path` at the end, or nothing does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + NEW)
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

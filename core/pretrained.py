@@ -38,6 +38,11 @@ class ModelSource:
     label: str
     origin: str
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether the name itself is the folder, so that nothing but its place says where the model is."""
+        return Path(self.name) == self.path
+
 
 @dataclass(eq=False)
 class Backbone:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .artefact import whole_file
 from .comparisons import Comparison, Comparisons, DataError, Prompt
 
 PARTS = ("train", "validation", "test", "onboarding")
@@ -155,13 +156,8 @@ def write_parquet(rows: Sequence[Comparison], path: Path) -> None:
     """Writes rows as Parquet; the file is whole or not there."""
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    try:
+    with whole_file(path) as new:
         pq.write_table(_table(to_records(rows), path), new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _table(records: list[dict[str, Any]], path: Path) -> Any:

@@ -94,6 +94,10 @@ class UserModel(nn.Module):
         """Embeddings of users: (R,) -> (R, K, D) or (R, D)."""
         raise NotImplementedError
 
+    def row0(self) -> Tensor:
+        """The unknown user's embedding, (K, D) or (D,)."""
+        return self(torch.zeros(1, dtype=torch.int64))[0]
+
     def options(self) -> dict[str, Any]:
         """What `make_user_model` needs beside users and start to build the same model."""
         return {}

@@ -8,6 +8,7 @@ a kill leaves behind them is cut off under the lock by the next writer.
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -186,6 +187,15 @@ class FeatureReader:
             extract(self.backbone, self._tokenize(list(missing.values())), self.store, show)
         return self.store.positions(keys)
 
+    def differences(self, rows: Sequence[Comparison], pooling: str, show: bool = False) -> Tensor:
+        """h_chosen - h_rejected of comparisons, (B, D) fp32."""
+        chosen, rejected = np.split(self.positions(texts_of(rows), show), 2)  # each (B,)
+        return self.gather(chosen, pooling).sub_(self.gather(rejected, pooling))
+
+    def over(self, rows: Sequence[Comparison]) -> np.ndarray:
+        """By how many tokens the longer text of each comparison is over the layout's `max_length`, (B,)."""
+        return self.cut(texts_of(rows)).reshape(2, len(rows)).max(0)
+
     def gather(self, positions: np.ndarray, pooling: str) -> Tensor:
         """Features at positions, (len(positions), D) fp32."""
         return self.store.gather(positions, pooling)
@@ -209,6 +219,18 @@ def feature_reader(backbone: Backbone, layout: TextLayout) -> FeatureReader:
     if layout not in backbone.memo:
         backbone.memo[layout] = FeatureReader(backbone, layout)
     return backbone.memo[layout]
+
+
+def over_long_by_user(rows: Sequence[Comparison], over: np.ndarray) -> dict[str, int]:
+    """How many comparisons of each user ("" for rows without one) are over the length limit."""
+    return dict(Counter(row.user.id or "" for row, tokens in zip(rows, over, strict=True) if tokens))
+
+
+def over_long_notice(source: str, by_user: dict[str, int], layout: TextLayout, verb: str = "truncated") -> str:
+    """One line for the terminal: how many rows the length policy met, and whose."""
+    most = sorted(by_user.items(), key=lambda count: -count[1])[:5]
+    top = ", ".join(f"{user or '(no user)'} {n}" for user, n in most)
+    return f"{source}: {sum(by_user.values()):,} rows over {layout.max_length} tokens {verb} ({top})"
 
 
 def texts_of(rows: Sequence[Comparison]) -> list[Text]:

@@ -1,7 +1,7 @@
 """Comparisons -> features of a frozen backbone -> all users' heads -> a reward model that can be saved."""
 
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from ..core.pretrained import Backbone
 from ..core.splits import data_hash
 from ..core.tokenize import RowTokenizer, TextLayout
 from ..core.users import UserIndex, UserModel
-from .features import POOLINGS, FeatureReader, feature_reader, texts_of
+from .features import POOLINGS, FeatureReader, feature_reader, over_long_by_user, over_long_notice
 from .head_config import HeadConfig
 from .heads import Examples, HeadFit, fit_heads
 from .new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture
@@ -48,31 +48,28 @@ def frozen_features(rows: Comparisons, reader: FeatureReader, pooling: str, show
         DataError: a row is longer than the layout's `max_length` and the policy is to refuse, or a hidden state is not
             a number.
     """
-    over = reader.cut(texts_of(rows)).reshape(2, len(rows)).max(0)  # (B,) tokens over the limit
-    over_long = _count_over_long(rows, over, reader.layout)
+    over = reader.over(rows)  # (B,)
+    if reader.layout.over_long == "refuse" and over.any():
+        _refuse_over_long(rows, over, reader.layout)
     kept = [row for row, tokens in zip(rows, over, strict=True) if not tokens or reader.layout.over_long != "drop"]
     if not kept:
         raise DataError(
             f"{rows.source}: no row is left under --max-length {reader.layout.max_length}; raise it, or truncate"
         )
-    chosen, rejected = np.split(reader.positions(texts_of(kept), show), 2)  # each (B,)
-    differences = reader.gather(chosen, pooling).sub_(reader.gather(rejected, pooling))
+    differences = reader.differences(kept, pooling, show)
     finite = torch.isfinite(differences).all(1)
     if not finite.all():
         bad = kept[int((~finite).nonzero()[0])]
         raise DataError(f"{bad.place}: the backbone's hidden state is not a number; try --dtype float32")
-    return FrozenFeatures(kept, differences, over_long)
+    return FrozenFeatures(kept, differences, over_long_by_user(rows, over))
 
 
-def _count_over_long(rows: Comparisons, over: np.ndarray, layout: TextLayout) -> dict[str, int]:
-    long = [(row, int(tokens)) for row, tokens in zip(rows, over, strict=True) if tokens]
-    if long and layout.over_long == "refuse":
-        row, tokens = long[0]
-        raise DataError(
-            f"{row.place}: {layout.max_length + tokens} tokens, more than --max-length {layout.max_length}; raise it, "
-            "or choose --over-long truncate or drop"
-        )
-    return dict(Counter(row.user.id or "" for row, _ in long))
+def _refuse_over_long(rows: Comparisons, over: np.ndarray, layout: TextLayout) -> None:
+    first = int(np.flatnonzero(over)[0])
+    raise DataError(
+        f"{rows[first].place}: {layout.max_length + int(over[first])} tokens, more than --max-length "
+        f"{layout.max_length}; raise it, or choose --over-long truncate or drop"
+    )
 
 
 def fit_reward_model(
@@ -97,7 +94,9 @@ def fit_reward_model(
     reader = feature_reader(backbone, resolved)
     parts = [frozen_features(rows, reader, pooling, show) for rows in (train, validation)]
     for name, part in zip(("train", "validation"), parts, strict=True):
-        _tell_over_long(name, part.over_long, resolved)
+        if part.over_long:
+            verb = {"truncate": "truncated", "drop": "dropped"}[resolved.over_long]
+            print(over_long_notice(name, part.over_long, resolved, verb), file=sys.stderr)
     users = UserIndex.seen_in(row.user.id for row in parts[0].rows)
     if config.user_model != "uniform" and len(users) == 1:
         raise DataError(f"{train.source}: no row has a user id, so there is no user to learn; use --user-model uniform")
@@ -110,7 +109,7 @@ def fit_reward_model(
     left_out = [train.dropped_counts, validation.dropped_counts]
     figures = _figures(personal, uniform, sets, parts, prior_trials, left_out)
     settings = _settings(backbone, resolved, pooling, config, personal, mixture, train)
-    head = LinearHead(_unscaled(uniform.users, scale), scale, prior)
+    head = LinearHead(uniform.users.row0().detach() / scale, scale, prior)
     _divide(personal.users, scale)
     users.facts = _user_facts(parts[0])
     return PersonalizedRewardModel(users, personal.users, head, settings, figures, show=show, _backbone=backbone)
@@ -123,15 +122,6 @@ def _resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tup
         raise ValueError(f"--pooling {pooling}: must be one of {', '.join(POOLINGS)}")
     resolved = RowTokenizer(backbone.tokenizer, layout).layout
     return pooling, replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
-
-
-def _tell_over_long(name: str, over_long: dict[str, int], layout: TextLayout) -> None:
-    if over_long:
-        top = ", ".join(f"{user or '(no user)'} {n}" for user, n in sorted(over_long.items(), key=lambda c: -c[1])[:5])
-        verb = {"truncate": "truncated", "drop": "dropped"}[layout.over_long]
-        print(
-            f"{name}: {sum(over_long.values()):,} rows over {layout.max_length} tokens {verb} ({top})", file=sys.stderr
-        )
 
 
 def default_pooling(backbone: Backbone) -> str:
@@ -149,7 +139,6 @@ def _settings(
     train: Comparisons,
 ) -> dict[str, Any]:
     source = backbone.source
-    local = str(source.path.resolve()) if source.origin.startswith(f"model {source.name}: local folder") else ""
     return {
         "aggregator": "linear_head",
         "user_model": config.user_model,
@@ -162,7 +151,7 @@ def _settings(
         "seed": config.seed,
         "model": {
             "name": source.name,
-            "path": local,
+            "path": str(source.path.resolve()) if source.is_folder else "",
             "label": source.label,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "fingerprint": backbone.fingerprint,
@@ -211,11 +200,6 @@ def _user_facts(train: FrozenFeatures) -> dict[str, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _unscaled(model: UserModel, scale: float) -> Tensor:
-    return model(torch.zeros(1, dtype=torch.int64))[0].clone() / scale
-
-
-@torch.no_grad()
 def _divide(model: UserModel, scale: float) -> None:
     """From units of scaled features to units of hidden states, so that scores need no scale."""
     for name, parameter in model.named_parameters():
@@ -235,7 +219,7 @@ def _new_user_settings(
         return None, strength, tried
     with torch.no_grad():
         rows = torch.arange(1, min(personal.users.users, 10_000))
-        offsets = (personal.users(rows) - personal.users(rows[:1] * 0)).numpy()
+        offsets = (personal.users(rows) - personal.users.row0()).numpy()
     prior, tried = choose_prior(offsets, trials, personal.strength)
     return prior, 0.0, tried
 
@@ -243,7 +227,7 @@ def _new_user_settings(
 @torch.no_grad()
 def _prior_trials(model: UserModel, sets: list[Examples], seed: int) -> list[PriorTrial]:
     """Seen users with enough rows, treated as new: up to 20 of their training rows to fit on, validation to judge."""
-    base = model(torch.zeros(1, dtype=torch.int64))[0]
+    base = model.row0()
     train, held = sets
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     fit_rows, held_rows = _by_user(train.users[order], order), _by_user(held.users, torch.arange(len(held)))

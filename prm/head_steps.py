@@ -30,15 +30,16 @@ class RowAdagrad:
 class Steps:
     """Gradient steps for one user model: what the three have in common."""
 
-    def __init__(self, users: UserModel, counts: Tensor, config: HeadConfig, base: float, strength: float):
-        self.users, self.counts, self.total = users, counts, int(counts.sum())
+    def __init__(
+        self, users: UserModel, counts: Tensor, config: HeadConfig, base: float, strength: float, start: Tensor
+    ):
+        self.users, self.counts, self.total, self.start = users, counts, int(counts.sum()), start
         self.alpha, self.base_strength, self.strength = config.user_loss_alpha, base, strength
         self.rate = config.learning_rate
 
-    def margins(self, z: Tensor, users: Tensor) -> tuple[Tensor, Tensor]:
-        """<e_u, z> and <e_0, z>, each (B,)."""
-        own = (self.users(users) * z).sum(1)
-        return own, (self.users(torch.zeros_like(users[:1])) * z).sum(1)
+    def pull(self, base: Tensor) -> Tensor:
+        """Gradient (D,) of what holds e_0 to its starting value, per comparison."""
+        return (base - self.start) * (self.base_strength / self.total)
 
     def slopes(self, own: Tensor, generic: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of the two parts of the loss by their margins, each (B,)."""
@@ -53,27 +54,22 @@ class _UniformSteps(Steps):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.start = self.users.base.detach().clone()
         self.adam = torch.optim.Adam([self.users.base], lr=self.rate / 10)
 
     def step(self, z: Tensor, users: Tensor) -> None:
         slope = -torch.sigmoid(-(z @ self.users.base))  # (B,)
-        _adam_step(self.adam, self.users.base, z.T @ slope / len(z), self._pull())
-
-    def _pull(self) -> Tensor:
-        return (self.users.base - self.start) * (self.base_strength / self.total)
+        _adam_step(self.adam, self.users.base, z.T @ slope / len(z), self.pull(self.users.base))
 
 
-class _IndividualizedSteps(_UniformSteps):
-    users: IndividualizedUsers  # type: ignore[assignment]
+class _IndividualizedSteps(Steps):
+    users: IndividualizedUsers
 
-    def __init__(self, *args: Any, start: Tensor):
-        Steps.__init__(self, *args)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         self.table = self.users.offsets.weight.data
         self.offsets = RowAdagrad(self.table, self.rate)
         self.scratch = self.table.new_empty(0, self.table.shape[1])
         self.decay = self.strength / self.counts.clamp_min(1).float()  # (U,): each occurrence carries its share
-        self.start = start
         if self.users.shared:
             self.adam = torch.optim.Adam([self.users.base], lr=self.rate / 10)
 
@@ -85,10 +81,10 @@ class _IndividualizedSteps(_UniformSteps):
         margin = _row_dots(own, z) + (generic if self.users.shared else 0)
         by_own, by_generic = self.slopes(margin, generic)
         if self.users.shared:
-            _adam_step(self.adam, self.users.base, z.T @ (by_own + by_generic) / len(z), self._pull())
+            _adam_step(self.adam, self.users.base, z.T @ (by_own + by_generic) / len(z), self.pull(base))
             by_own.masked_fill_(users == 0, 0)  # o_0 is fixed: at zero, so that its decay is nothing as well
         else:
-            mean = z.T @ by_generic / len(z) + self.table[0].sub(self.start) * (self.base_strength / self.total)
+            mean = z.T @ by_generic / len(z) + self.pull(base)
             self.offsets.step(torch.zeros(1, dtype=torch.int64), mean[None])
         gradients = held.mul_(self.decay.index_select(0, users)[:, None]).addcmul_(z, by_own[:, None])  # (B, D)
         self.offsets.step(users, gradients)
@@ -103,9 +99,8 @@ class _IndividualizedSteps(_UniformSteps):
 class _ClusterSteps(Steps):
     users: ClusterUsers
 
-    def __init__(self, *args: Any, start: Tensor):
+    def __init__(self, *args: Any):
         super().__init__(*args)
-        self.start = start
         self.table = self.users.logits.weight.data
         self.logits = RowAdagrad(self.table, self.rate * 10)
         self.adam = torch.optim.Adam([self.users.centres], lr=self.rate / 10)
@@ -119,14 +114,14 @@ class _ClusterSteps(Steps):
         by_mine = by_own[:, None] * mine * (per_centre - own[:, None])  # (B, C)
         by_theirs = (by_generic[:, None] * theirs * (per_centre - generic[:, None])).mean(0)  # (C,)
         by_centre = (by_own[:, None] * mine + by_generic[:, None] * theirs).T @ z / len(z)  # (C, D)
-        _adam_step(self.adam, self.users.centres, by_centre, self._pull())
+        _adam_step(self.adam, self.users.centres, by_centre, self._hold())
         self.logits.step(users, by_mine)
         self.logits.step(torch.zeros(1, dtype=torch.int64), by_theirs[None])
 
-    def _pull(self) -> Tensor:
+    def _hold(self) -> Tensor:
         """Holds the centres' mean to the starting value, and each centre to their mean."""
         mean = self.users.centres.mean(0)
-        return (self.strength * (self.users.centres - mean) + self.base_strength * (mean - self.start)) / self.total
+        return self.strength / self.total * (self.users.centres - mean) + self.pull(mean)
 
 
 def _row_dots(left: Tensor, right: Tensor) -> Tensor:
@@ -149,8 +144,9 @@ def make_steps(
         counts: (U,) training comparisons of each user.
         base, strength: how strongly e_0 is held to `start` (D,), and users to row 0.
     """
-    if isinstance(users, IndividualizedUsers):
-        return _IndividualizedSteps(users, counts, config, base, strength, start=start)
-    if isinstance(users, ClusterUsers):
-        return _ClusterSteps(users, counts, config, base, strength, start=start)
-    return _UniformSteps(users, counts, config, base, strength)
+    kinds: dict[type[UserModel], type[Steps]] = {
+        UniformUsers: _UniformSteps,
+        IndividualizedUsers: _IndividualizedSteps,
+        ClusterUsers: _ClusterSteps,
+    }
+    return kinds[type(users)](users, counts, config, base, strength, start)

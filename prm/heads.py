@@ -127,7 +127,7 @@ def _fit_heads(
     uniform = _best((attempt("uniform", start, base, 0.0) for base in bases), "base_strength")
     if config.user_model == "uniform":
         return uniform, uniform
-    begin = uniform.users.forward(torch.zeros(1, dtype=torch.int64))[0].detach()
+    begin = uniform.users.row0().detach()
     tries = (attempt(config.user_model, begin, uniform.strength, strength) for strength in strengths)
     return _best(tries, "user_strength"), uniform
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..core.splits import group_key
 from ..core.tokenize import TextLayout
 from ..core.users import ClusterUsers, UniformUsers, UserIndex, UserModel, make_user_model
 from .card import card
-from .features import FeatureReader, Text, feature_reader, texts_of
+from .features import FeatureReader, Text, feature_reader, over_long_by_user
 from .new_user import OffsetPrior, fit_mixture, fit_offsets
 
 KIND = "reward_model"
@@ -178,8 +178,7 @@ class PersonalizedRewardModel:
 
     def over_long_by_user(self, rows: Sequence[Comparison]) -> dict[str, int]:
         """How many comparisons of each user are over the layout's `max_length`; scoring truncates them."""
-        over = self.reader.cut(texts_of(rows)).reshape(2, len(rows)).max(0)
-        return dict(Counter(row.user.id or "" for row, tokens in zip(rows, over, strict=True) if tokens))
+        return over_long_by_user(rows, self.reader.over(rows))
 
     def knows(self, user: User) -> bool:
         return user.id in self.users
@@ -261,14 +260,13 @@ class PersonalizedRewardModel:
 
     def scaled_differences(self, rows: Sequence[Comparison]) -> np.ndarray:
         """(B, D) differences chosen - rejected of pooled hidden states, in the units that heads are fitted in."""
-        chosen, rejected = np.split(self.reader.positions(texts_of(rows), self.show), 2)  # each (B,)
-        difference = self.reader.gather(chosen, self.settings["pooling"])
-        return difference.sub_(self.reader.gather(rejected, self.settings["pooling"])).div_(self.head.scale).numpy()
+        differences = self.reader.differences(rows, self.settings["pooling"], self.show)
+        return differences.div_(self.head.scale).numpy()
 
     @torch.no_grad()
     def _row0(self) -> np.ndarray:
         """e_0 in units of scaled features, (D,)."""
-        return (self.user_model(torch.zeros(1, dtype=torch.int64))[0] * self.head.scale).numpy()
+        return (self.user_model.row0() * self.head.scale).numpy()
 
     def _fit(self, z: np.ndarray) -> np.ndarray:
         """A new user's own row of the table: offset (D,) or cluster logits (C,), from z (k, D)."""

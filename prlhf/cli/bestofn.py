@@ -37,21 +37,19 @@ def score(
 
     model, prompts, asked = _open(run, candidates, users, base)
     identity = _identity(run)
-    keys = {record_key(identity, user, c.prompt, c.responses) for c in prompts for user in asked}
+    keys = [[record_key(identity, user, c.prompt, c.responses) for user in asked] for c in prompts]
     store = JsonlStore(out)
-    strangers = set(store) - keys
+    strangers = set(store).difference(*keys)
     if strangers:
         whose = "another run, other users or other candidates"
         raise ValueError(f"--out {out}: holds {len(strangers)} lines of {whose}; give another file")
     done = len(store)
-    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        some = prompts[start : start + PROMPTS_AT_ONCE]
-        todo = [
-            c for c in some if any(record_key(identity, user, c.prompt, c.responses) not in store for user in asked)
-        ]
-        rankings = _rank(model, todo, asked)
-        keyed = [(record_key(identity, r.user, r.prompt, r.responses), r) for r in rankings]
-        store.append(*[{"key": key, **_record(r)} for key, r in keyed])
+    todo = [i for i, of_prompt in enumerate(keys) if any(key not in store for key in of_prompt)]
+    for start in range(0, len(todo), PROMPTS_AT_ONCE):
+        some = todo[start : start + PROMPTS_AT_ONCE]
+        rankings = _rank(model, [prompts[i] for i in some], asked)  # prompt by prompt, like the keys
+        of_some = [key for i in some for key in keys[i]]
+        store.append(*[{"key": key, **_record(r)} for key, r in zip(of_some, rankings, strict=True)])
     tell(f"{out}: {len(store):,} lines, {len(store) - done:,} of them new")
 
 
@@ -67,12 +65,13 @@ def rerank(
     """Order the candidates for every user, best first."""
     import json as codec
 
+    from prlhf.core.artefact import whole_file
+
     model, prompts, asked = _open(run, candidates, users, base)
     records = [{**_record(r), "order": list(r.order), "best": r.best} for r in _rank(model, prompts, asked)]
     if out:
-        new = out.with_name(out.name + ".new")
-        new.write_text("".join(codec.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        new.replace(out)
+        with whole_file(out) as new:
+            new.write_text("".join(codec.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
         tell(f"{out}: {len(records):,} lines")
     if json:
         print_json({"run": str(run), "rankings": records})

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Columns, Json, MaxBadRows, MissingUser, ModelPlace, load
-from .output import percent, print_json, table, tell, write_json
+from .output import check_table_path, percent, print_json, table, tell, write_json, write_table
 
 if TYPE_CHECKING:
-    from prlhf.core.comparisons import Comparisons
+    from prlhf.core.comparisons import Comparison, Comparisons
     from prlhf.eval.preference import Evaluation
+    from prlhf.prm.reward_model import PersonalizedRewardModel
 
 app = typer.Typer(help="Evaluate runs.", no_args_is_help=True)
 
@@ -37,29 +38,21 @@ def preference(
     json: Json = False,
 ) -> None:
     """Accuracy with and without the user, beside the uniform model, length rules and a shuffled-user control."""
-    if per_user and per_user.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"--per-user {per_user}: must end in .parquet or .jsonl")
+    if per_user:
+        check_table_path("--per-user", per_user)
     rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
     result = _evaluate(run, rows, group, model)
     figures = {"run": str(run), "data": data, "left_out": rows.dropped_counts, **result.figures}
-    _tell_truncated(data, figures["truncated"])
     if against:
         figures["against"] = _compare(result, _evaluate(against, rows, group, model), against)
     if out:
         write_json(figures, out)
     if per_user:
-        _write_users(result, per_user)
+        write_table(result.users, per_user)
     if json:
         print_json(figures)
     else:
         _show(figures, result)
-
-
-def _tell_truncated(data: str, by_user: dict[str, int]) -> None:
-    if by_user:
-        counts = sorted(by_user.items(), key=lambda count: -count[1])
-        top = ", ".join(f"{user or '(no user)'} {n}" for user, n in counts[:5])
-        tell(f"{data}: {sum(by_user.values()):,} rows over the run's length limit truncated ({top})")
 
 
 def _compare(result: "Evaluation", other: "Evaluation", run: Path) -> dict[str, Any]:
@@ -73,26 +66,27 @@ def _compare(result: "Evaluation", other: "Evaluation", run: Path) -> dict[str, 
 
 
 def _evaluate(run: Path, rows: "Comparisons", group: str | None, place: str | None) -> "Evaluation":
-    from prlhf.eval.baselines import length_directions
-    from prlhf.eval.preference import evaluate
+    from prlhf.prm.features import over_long_notice
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     model = PersonalizedRewardModel.from_pretrained(run, show=True, model=place)
-    counts = {user or None: (f["longer_chosen"], f["shorter_chosen"]) for user, f in model.users.facts.items()}
-    directions = length_directions(counts)
-    name = model.settings["user_model"]
-    baselines = {"uniform": model.uniform_scorer()}
-    result = evaluate(name, model.score, list(rows), model.knows, baselines, directions, group)
+    result = evaluate_model(model, list(rows), model.settings["user_model"], group)
     result.figures["truncated"] = model.over_long_by_user(list(rows))
+    if result.figures["truncated"]:
+        tell(over_long_notice(rows.source, result.figures["truncated"], model.layout))
     return result
 
 
-def _write_users(result: "Evaluation", path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        result.users.to_parquet(path, index=False)
-    else:
-        result.users.to_json(path, orient="records", lines=True, force_ascii=False)
+def evaluate_model(
+    model: "PersonalizedRewardModel", rows: "list[Comparison]", name: str, group: str | None = None
+) -> "Evaluation":
+    """Puts a reward model and its baselines together for `prlhf.evaluate`; `name` is the model's in the figures."""
+    from prlhf.eval.baselines import length_directions
+    from prlhf.eval.preference import evaluate
+
+    counts = {user or None: (f["longer_chosen"], f["shorter_chosen"]) for user, f in model.users.facts.items()}
+    baselines = {"uniform": model.uniform_scorer()}
+    return evaluate(name, model.score, rows, model.knows, baselines, length_directions(counts), group)
 
 
 WORDS = {

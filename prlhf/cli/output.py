@@ -4,9 +4,12 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def plain(text: str, lines: bool = False) -> str:
@@ -21,13 +24,27 @@ def print_json(value: Any) -> None:
 
 def write_json(value: Any, path: Path) -> None:
     """Writes a JSON file; it is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    try:
+    from prlhf.core.artefact import whole_file
+
+    with whole_file(path) as new:
         new.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+
+
+def write_table(frame: "pd.DataFrame", path: Path) -> None:
+    """Writes a table as .parquet or .jsonl, by the suffix that `check_table_path` allowed; it is whole or not there."""
+    from prlhf.core.artefact import whole_file
+
+    with whole_file(path) as new:
+        if path.suffix == ".parquet":
+            frame.to_parquet(new, index=False)
+        else:
+            frame.to_json(new, orient="records", lines=True, force_ascii=False)
+
+
+def check_table_path(flag: str, path: Path) -> None:
+    """Refuses a path that `write_table` could not write, before the work that fills it."""
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"{flag} {path}: must end in .parquet or .jsonl")
 
 
 def tell(message: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Columns, Json, MaxBadRows, ModelPlace, load
-from .output import percent, print_json, table, tell
+from .output import check_table_path, percent, print_json, table, tell, write_table
 
 app = typer.Typer(help="The users of a run.", no_args_is_help=True)
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of a run.")]
@@ -26,6 +26,7 @@ def add(
 ) -> None:
     """Give a new user a vector of their own: a convex fit on their comparisons, everything else frozen."""
     from prlhf.core.artefact import writing
+    from prlhf.prm.features import over_long_notice
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     rows = load(data, columns, max_bad_rows, missing_user="generic")
@@ -41,9 +42,9 @@ def add(
         model.save_pretrained(run)
     if trained:
         tell(f"{user_id} was in training, so row 0 has seen what they like; the gain below is not a new user's")
-    over = sum(model.over_long_by_user(theirs).values())
-    if over:
-        tell(f"{over:,} rows over the run's {model.layout.max_length} tokens are truncated")
+    truncated = model.over_long_by_user(theirs)
+    if truncated:
+        tell(over_long_notice(data, truncated, model.layout))
     figures = _gain(added, theirs)
     if json:
         print_json(figures)
@@ -110,8 +111,7 @@ def export(
     out: Annotated[Path, typer.Option(help=".parquet or .jsonl: user_id and vector, row 0 first (null).")],
 ) -> None:
     """Write every user's vector, in units of the backbone's hidden states. The vectors are personal data."""
-    if out.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"--out {out}: must end in .parquet or .jsonl")
+    check_table_path("--out", out)
     import pandas as pd
     import torch
 
@@ -121,8 +121,5 @@ def export(
     with torch.no_grad():
         vectors = model.user_model(torch.arange(len(model.users))).numpy()
     frame = pd.DataFrame({"user_id": [None, *model.users.ids], "vector": list(vectors)})
-    if out.suffix == ".parquet":
-        frame.to_parquet(out, index=False)
-    else:
-        frame.to_json(out, orient="records", lines=True, force_ascii=False)
+    write_table(frame, out)
     tell(f"{out}: {len(frame) - 1:,} users and row 0, {vectors.shape[1]} numbers each")
