@@ -212,7 +212,7 @@ def load_backbone(source: ModelSource, dtype: str = "auto", device: str | None =
     """Loads the decoder without its head, and the scalar head's weight where the checkpoint has one."""
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     resolved = choose_dtype(dtype, place)
     config = AutoConfig.from_pretrained(source.path)
     tokenizer = AutoTokenizer.from_pretrained(source.path)
@@ -225,6 +225,28 @@ def load_backbone(source: ModelSource, dtype: str = "auto", device: str | None =
         model = AutoModel.from_pretrained(source.path, **keep)
     model = model.to(place).eval().requires_grad_(False)
     return Backbone(model, tokenizer, source, resolved, fingerprint(model, source.path), text_hash(tokenizer), score)
+
+
+@_no_bars()
+def load_causal_model(source: ModelSource, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """Loads a frozen language model with its head, and its tokenizer.
+
+    Raises:
+        ValueError: the checkpoint is a sequence classifier, which writes no text.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    kinds = AutoConfig.from_pretrained(source.path).architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in kinds):
+        raise ValueError(f"--model {source.name}: a reward model ({kinds[0]}) writes no text; give a language model")
+    place = _device(device)
+    keep: dict[str, Any] = {"dtype": choose_dtype(dtype, place), "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(source.path, **keep)
+    return model.to(place).eval().requires_grad_(False), AutoTokenizer.from_pretrained(source.path)
+
+
+def _device(device: str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _scalar_head(model: Any, source: ModelSource) -> Tensor:

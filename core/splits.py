@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -128,6 +128,19 @@ def _assign_groups(sizes: Counter[str], plan: SplitPlan) -> dict[str, str]:
 def _unseen_users(rows: Comparisons, plan: SplitPlan) -> set[str]:
     users = sorted({user for user in rows.user_ids if user is not None}, key=lambda u: _lot(plan.seed, "user", u))
     return set(users[: round(plan.unseen_users * len(users))])
+
+
+def write_parts(parts: Mapping[str, Sequence[Comparison]], out: Path) -> dict[str, dict[str, Any]]:
+    """Writes each part that has rows, removes what an earlier split left of the others, and gives their sizes."""
+    sizes = {}
+    for name, part in parts.items():
+        if not part:
+            (out / f"{name}.parquet").unlink(missing_ok=True)
+            continue
+        write_parquet(part, out / f"{name}.parquet")
+        users = len({row.user.id for row in part} - {None})
+        sizes[name] = {"rows": len(part), "users": users, "hash": data_hash(part)}
+    return sizes
 
 
 def to_records(rows: Sequence[Comparison]) -> list[dict[str, Any]]:

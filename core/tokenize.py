@@ -76,7 +76,7 @@ class RowTokenizer:
         self.closing_ids = self._closing_ids()
         if layout.max_length < len(self.closing_ids):
             raise ValueError(f"--max-length {layout.max_length}: too short for any text")
-        self._control_ids = self._find_control_ids()
+        self.control_ids = self._find_control_ids()
         self._prompt_ids = lru_cache(maxsize=65536)(self._encode_prompt)
 
     @cached_property
@@ -99,7 +99,7 @@ class RowTokenizer:
             return []
         encoded = self.tokenizer(list(responses), add_special_tokens=False)["input_ids"]
         return [
-            tuple(ids) if self._control_ids.isdisjoint(ids) else self._pieces_ids(self._broken_up(text))
+            tuple(ids) if self.control_ids.isdisjoint(ids) else self._pieces_ids(self._broken_up(text))
             for text, ids in zip(responses, encoded, strict=True)
         ]
 
@@ -164,7 +164,7 @@ class RowTokenizer:
         text = text.replace(_BREAK, "")
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        cuts = [start + 1 for i, (start, end) in spans if i in self._control_ids and self._spells(i, text[start:end])]
+        cuts = [start + 1 for i, (start, end) in spans if i in self.control_ids and self._spells(i, text[start:end])]
         if not cuts:
             return text
         if len(text) == 1:

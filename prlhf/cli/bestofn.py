@@ -9,7 +9,7 @@ from .options import Json, ModelPlace
 from .output import plain, print_json, table, tell
 
 if TYPE_CHECKING:
-    from prlhf.bestofn.rerank import Candidates
+    from prlhf.core.candidates import Candidates
     from prlhf.core.comparisons import User
     from prlhf.core.scoring import Ranking
     from prlhf.prm.reward_model import PersonalizedRewardModel
@@ -82,7 +82,7 @@ def rerank(
 def _open(
     run: Path, candidates: Path, users: list[str], base: str | None
 ) -> "tuple[PersonalizedRewardModel, list[Candidates], list[User]]":
-    from prlhf.bestofn.rerank import read_candidates
+    from prlhf.core.candidates import read_candidates
     from prlhf.core.scoring import ScoreRequest
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
