@@ -1,13 +1,17 @@
-# `make test` on a fresh machine: environment, install, tests. Nothing is installed again until a pin or a package changes.
+# `make test` and `make demo` on a fresh machine: environment, install, main job. Nothing is installed again until a pin or
+# a package changes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test lint typecheck clean
+.PHONY: test demo lint typecheck clean
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+demo: $(READY)
+	$(BIN)/prlhf demo --out runs/demo
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

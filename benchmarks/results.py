@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from prlhf.cli.eval import evaluate_model
 from prlhf.cli.output import write_json
 from prlhf.core.artefact import versions
 from prlhf.core.comparisons import Comparison, Comparisons, RowPolicy, User
@@ -34,6 +33,7 @@ from prlhf.core.splits import SplitPlan, prompt_text, split
 from prlhf.core.tokenize import TextLayout
 from prlhf.eval.metrics import accuracies, clustered_mean, mean_over_users, paired_difference, resampling_units
 from prlhf.eval.preference import margins
+from prlhf.evaluation import evaluate_model
 from prlhf.prm.fit import fit_reward_model
 from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.reward_model import PersonalizedRewardModel

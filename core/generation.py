@@ -10,6 +10,7 @@ import hashlib
 import math
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -63,6 +64,10 @@ class GenerateRequest:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, found {self.n}")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -97,6 +102,8 @@ class LocalGenerator:
     """
 
     def __init__(self, model: Any, tokenizer: RowTokenizer, sequences: int = SEQUENCES_AT_ONCE):
+        if sequences < 1:
+            raise ValueError(f"sequences must be at least 1, found {sequences}")
         self.model, self.tokenizer, self.sequences = model, tokenizer, sequences
         self.end_ids = _end_ids(model, tokenizer)
 
@@ -114,18 +121,32 @@ class LocalGenerator:
                 yield from self._sample(batch, sampling)
 
     def _batches(self, requests: Iterable[GenerateRequest]) -> Iterator[list[tuple[GenerateRequest, int]]]:
-        """Requests with the index of the response to draw, `sequences` of them at a time."""
+        """Requests with the index of the response to draw, up to `sequences` of them at a time.
+
+        A request is divided only where it alone is too large, so that its prompt is run once.
+        """
         batch: list[tuple[GenerateRequest, int]] = []
-        for one in ((request, index) for request in requests for index in range(request.n)):
-            batch.append(one)
-            if len(batch) == self.sequences:
+        for request in requests:
+            if batch and len(batch) + request.n > self.sequences:
                 yield batch
                 batch = []
+            for index in range(request.n):
+                if len(batch) == self.sequences:
+                    yield batch
+                    batch = []
+                batch.append((request, index))
         if batch:
             yield batch
 
     def _prompt_ids(self, request: GenerateRequest) -> tuple[int, ...]:
-        return self.tokenizer.prompt_ids(request.prompt, request.user.text)
+        ids = self.tokenizer.prompt_ids(request.prompt, request.user.text)
+        room = int(getattr(self.model.config, "max_position_embeddings", 0) or sys.maxsize)
+        if len(ids) + request.sampling.max_new_tokens > room:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens and {request.sampling.max_new_tokens} new ones are more than the "
+                f"model's {room}: {str(request.prompt)[:60]!r}; lower max_new_tokens or shorten the prompt"
+            )
+        return ids
 
     @torch.inference_mode()
     def _sample(self, batch: Sequence[tuple[GenerateRequest, int]], sampling: Sampling) -> Iterator[Candidate]:
@@ -142,14 +163,16 @@ class LocalGenerator:
             tokens = draw(logits, sampling, [streams[r].random() for r in running])
             for r, token in zip(running, tokens.tolist(), strict=True):
                 drawn[r].append(token)
-            going = [i for i, r in enumerate(running) if drawn[r][-1] not in self.end_ids]
-            if not going or length == sampling.max_new_tokens:
-                break
-            if len(going) < len(running):
+            last = length == sampling.max_new_tokens
+            going = [i for i, r in enumerate(running) if not last and drawn[r][-1] not in self.end_ids]
+            done = [r for i, r in enumerate(running) if i not in set(going)]
+            yield from (self._candidate(batch[r], drawn[r]) for r in done)
+            if not going:
+                return
+            if done:
                 running = [running[i] for i in going]
                 decoding, tokens = decoding.take(going), tokens[going]
             logits = decoding.step(self.model, tokens)
-        yield from (self._candidate(one, ids) for one, ids in zip(batch, drawn, strict=True))
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, "_Decoding"]:
         """Runs P prompts, padded on the left, once; gives the next token's logits (P, V)."""

@@ -241,7 +241,7 @@ def load_causal_model(source: ModelSource, dtype: str = "auto", device: str | No
         raise ValueError(f"--model {source.name}: a reward model ({kinds[0]}) writes no text; give a language model")
     place = _device(device)
     keep: dict[str, Any] = {"dtype": choose_dtype(dtype, place), "use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(source.path, **keep)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.path, **keep)
     return model.to(place).eval().requires_grad_(False), AutoTokenizer.from_pretrained(source.path)
 
 

@@ -1,6 +1,7 @@
 """What a personalized model has to beat: length rules, and its own scores under somebody else's id."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +28,11 @@ def length_directions(longer: Mapping[str | None, tuple[int, int]]) -> dict[str 
     total = np.sum([list(counts) for counts in longer.values()], axis=0) if longer else np.zeros(2)
     best = {user: 1 if more >= fewer else -1 for user, (more, fewer) in longer.items()}
     return {**best, None: 1 if total[0] >= total[1] else -1}
+
+
+def row0(scorer: Scorer) -> Scorer:
+    """The same scorer for the unknown user, whoever asks; what is written about the user stays."""
+    return lambda requests: scorer([replace(r, user=User(None, r.user.text)) for r in requests])
 
 
 def shuffled_users(users: Sequence[User], known: Sequence[str], seed: int = 0) -> list[User]:

@@ -1,7 +1,8 @@
 """Preference accuracy of a scorer on held-out comparisons, as the paper defines it (C.3), with its baselines beside it.
 
 One schema for all figures: `accuracy.<model>.{top, top_row0, generic, average.{all, <group>}}`, each leaf
-`{"value", "low", "high", "n"}`.
+`{"value", "low", "high", "n"}`. On rows of simulated users `ceiling` is the accuracy of their true utility, which no
+model can beat but by luck, since choices are noisy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import pandas as pd
 from ..core.comparisons import Comparison, User
 from ..core.figures import Figure, wilson
 from ..core.scoring import Scorer, ScoreRequest
+from ..core.sources.simulated import true_margins
 from ..core.splits import prompt_text
 from .baselines import always_longer, length_rule, shuffled_users
 from .metrics import (
@@ -27,6 +29,24 @@ from .metrics import (
 )
 
 SHUFFLES = 5
+WORDS = {
+    "row0": "row 0: user unknown",
+    "uniform": "uniform model",
+    "longer": "always the longer one",
+    "length_rule": "length rule per user",
+    "shuffled_users": "somebody else's id",
+    "ceiling": "ceiling: true utility",
+}
+MEANINGS = {
+    "individualized": "each user has a vector of their own",
+    "cluster": "each user is a mixture of a few vectors that all share",
+    "row0": "the same model, told nothing about the user",
+    "uniform": "one model for everybody, trained on the same comparisons",
+    "longer": "no model: the longer response",
+    "length_rule": "no model: longer or shorter, whichever fitted the user's training comparisons",
+    "shuffled_users": "control: the same model under the ids of other users",
+    "ceiling": "the utility from which simulated users chose; choices are noisy, so it is not right always",
+}
 
 
 @dataclass
@@ -124,7 +144,8 @@ def _all_margins(
     result |= {"length_rule": [margins(rule, rows, users)], "length_rule_row0": [margins(rule, rows, nobody)]}
     if len(known) > 1:  # with one user there is nobody else's id
         result["shuffled_users"] = shuffled
-    return result
+    truth = true_margins(rows)
+    return result if truth is None else result | {"ceiling": [truth]}
 
 
 def _accuracy(

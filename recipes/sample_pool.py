@@ -10,10 +10,11 @@ with another seed. What was drawn is kept in `--drawn`, so an interrupted run go
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
+from prlhf.core.artefact import whole_file
+from prlhf.core.candidates import sample
 from prlhf.core.generation import GenerateRequest, LocalGenerator, Sampling, whole_sentences
 from prlhf.core.manners import MANNERS, Manner
 from prlhf.core.pretrained import EXAMPLE_MODEL, cache_dir, find_model
@@ -34,18 +35,9 @@ def request(prompt: str, number: int, slot: int, attempt: int) -> GenerateReques
     return GenerateRequest(MANNERS[slot].ask(prompt), sampling=Sampling(budget, temperature, top_p=0.95), seed=seed)
 
 
-def pick(store: JsonlStore, number: int, slot: int, taken: set[str], generator: LocalGenerator) -> str | None:
-    """The first drawn text that fits and is not yet taken for this prompt."""
-    for attempt in range(ATTEMPTS):
-        record = store.get(f"{number}/{slot}/{attempt}")
-        text = whole_sentences(record["text"]) if record else ""
-        if text and text not in taken and fits(text, MANNERS[slot], generator):
-            return text
-    return None
-
-
 def fits(text: str, manner: Manner, generator: LocalGenerator) -> bool:
-    if manner.mark not in text or repeats(text, manner):
+    """Whether a text can go into the pool."""
+    if not text or manner.mark not in text or repeats(text, manner):
         return False
     return SHORTEST <= len(generator.tokenizer.response_ids([text])[0]) <= LONGEST
 
@@ -60,31 +52,20 @@ def sentences(text: str) -> list[str]:
     return [part.strip().casefold() for part in re.split(r"[.!?\n]+", text) if part.strip()]
 
 
-def responses(store: JsonlStore, number: int, generator: LocalGenerator) -> list[str | None]:
-    """The prompt's response of each slot, None where none fits yet."""
-    taken: set[str] = set()
-    found = []
-    for slot in range(len(MANNERS)):
-        text = pick(store, number, slot, taken, generator)
-        found.append(text)
-        taken.add(text or "")
-    return found
-
-
-def draw(generator: LocalGenerator, store: JsonlStore, prompts: list[str], attempt: int) -> int:
-    """Draws once more for every slot that has no response yet; gives how many were drawn."""
-    todo = {}
-    for number, prompt in enumerate(prompts):
-        for slot, text in enumerate(responses(store, number, generator)):
-            key = f"{number}/{slot}/{attempt}"
-            if text is None and key not in store:
-                made = request(prompt, number, slot, attempt)
-                todo[repr(made)] = (key, made)
-    with tqdm(total=len(todo), unit="response", desc=f"attempt {attempt + 1}") as bar:
-        for candidate in generator.generate([made for _, made in todo.values()]):
-            store.append({"key": todo[repr(candidate.request)][0], "text": candidate.text, "ended": candidate.ended})
-            bar.update()
-    return len(todo)
+def fill(generator: LocalGenerator, store: JsonlStore, prompts: list[str], model: str) -> list[list[str]]:
+    """A text for each prompt and manner, "" where none was found; draws until all are there or attempts run out."""
+    filled = [[""] * len(MANNERS) for _ in prompts]
+    for attempt in range(ATTEMPTS):
+        todo = [(n, slot) for n, texts in enumerate(filled) for slot, text in enumerate(texts) if not text]
+        if not todo:
+            break
+        print(f"attempt {attempt + 1}: {len(todo)} responses to find", file=sys.stderr)
+        requests = [request(prompts[n], n, slot, attempt) for n, slot in todo]
+        for (n, slot), (drawn,) in zip(todo, sample(generator, requests, store, model, show=True), strict=True):
+            text = whole_sentences(drawn)
+            if text not in filled[n] and fits(text, MANNERS[slot], generator):
+                filled[n][slot] = text
+    return filled
 
 
 def main() -> None:
@@ -94,18 +75,14 @@ def main() -> None:
     parser.add_argument("--drawn", type=Path, default=cache_dir() / "pool" / "drawn.jsonl")
     arguments = parser.parse_args()
     source = find_model(arguments.model)
-    generator, store = LocalGenerator.from_source(source), JsonlStore(arguments.drawn)
-    prompts = PROMPTS.read_text().splitlines()
-    for attempt in range(ATTEMPTS):
-        draw(generator, store, prompts, attempt)
-    with arguments.out.open("w") as file:
-        for number, prompt in enumerate(prompts):
-            texts = responses(store, number, generator)
+    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
+    filled = fill(LocalGenerator.from_source(source), JsonlStore(arguments.drawn), prompts, source.label)
+    with whole_file(arguments.out) as new, new.open("w", encoding="utf-8") as file:
+        for prompt, texts in zip(prompts, filled, strict=True):
             if not all(texts):
-                print(f"left out, not every manner got its response: {prompt}")
+                print(f"left out, no response in every manner: {prompt}", file=sys.stderr)
                 continue
-            manners = [manner.name for manner in MANNERS]
-            row = {"prompt": prompt, "responses": texts, "manners": manners, "model": source.label}
+            row = {"prompt": prompt, "responses": texts, "manners": [m.name for m in MANNERS], "model": source.label}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -1,35 +1,14 @@
 """The commands as a person calls them, on a tiny model: what they write, what they say, and their exit codes."""
 
-import contextlib
-import io
 import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command import prlhf
 from tiny import checkerboard, write_jsonl
-
-from prlhf.cli import main
-
-
-@dataclass
-class Done:
-    stdout: str
-    stderr: str
-
-
-def prlhf(*args: object, cwd: Path, code: int = 0) -> Done:
-    """Runs the command in this process, which spares each call the seconds that importing torch takes."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["prlhf", *map(str, args)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stopped:
-            main()
-    assert (stopped.value.code or 0) == code, err.getvalue()
-    return Done(out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,10 @@ class World:
         Raises:
             KeyError: nobody of that name lives in this world.
         """
-        if user_id not in self.users:
+        if user_id is None or user_id not in self.users:
             raise KeyError(f"user {user_id!r}: not one of the {len(self.users)} simulated users")
         weights = self.users[user_id].weights
-        return math.fsum(w * PROPERTIES[name].measure(response) / self.scales[name] for name, w in weights.items())
+        return math.fsum(w * _measured(name, response) / self.scales[name] for name, w in weights.items())
 
     def scorer(self) -> Scorer:
         """The true utility as a scorer: no model can do better than it on noisy choices."""
@@ -141,6 +142,12 @@ class World:
             raise DataError(f"{path}: {error.strerror}; `prlhf data simulate` writes it") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: not a file of simulated users: {error}") from None
+
+
+@lru_cache(maxsize=100_000)
+def _measured(name: str, response: str) -> float:
+    """A property of a text; many users are asked about the same few texts."""
+    return PROPERTIES[name].measure(response)
 
 
 def simulate(pool: Sequence[Candidates], plan: SimulationPlan) -> tuple[World, list[Comparison]]:

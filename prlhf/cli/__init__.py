@@ -9,6 +9,7 @@ from typing import NoReturn
 import typer
 
 from . import bestofn, data, eval, prm, users
+from .demo import demo
 
 app = typer.Typer(
     name="prlhf",
@@ -17,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(demo)
 app.add_typer(data.app, name="data")
 app.add_typer(prm.app, name="prm")
 app.add_typer(bestofn.app, name="bestofn")

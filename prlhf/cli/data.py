@@ -1,4 +1,4 @@
-"""`prlhf data check|stats|split`: looking at comparisons before anything is learned from them."""
+"""`prlhf data check|stats|split|simulate`: looking at comparisons before anything is learned from them."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,8 +7,10 @@ import typer
 
 from .options import Columns, Json, MaxBadRows, MissingUser, column_map, load
 from .output import percent, plain, print_json, table, tell, write_json
+from .simulate import simulate
 
-app = typer.Typer(help="Check, describe and split comparisons.", no_args_is_help=True)
+app = typer.Typer(help="Check, describe, split and simulate comparisons.", no_args_is_help=True)
+app.command()(simulate)
 Source = Annotated[str, typer.Argument(help="JSONL, CSV or Parquet file, saved datasets folder, or hub name[:split].")]
 
 
@@ -127,13 +129,13 @@ def split(
     Rows of unseen users that do not fall into the test part go to onboarding.parquet: comparisons to give such a user
     later, with `prlhf users add`.
     """
-    from prlhf.core.splits import SplitPlan
+    from prlhf.core.splits import SplitPlan, write_parts
     from prlhf.core.splits import split as split_rows
 
     k, n = _fold(fold)
     rows = load(source, columns, max_bad_rows, missing_user)
     parts = split_rows(rows, SplitPlan(by, validation, test, unseen_users, seed, k, n))
-    sizes = _write_parts(parts, out)
+    sizes = write_parts(parts, out)
     made = {"source": source, "by": by, "seed": seed, "fold": fold, "left_out": rows.dropped_counts, "parts": sizes}
     write_json(made, out / "split.json")
     if json:
@@ -146,21 +148,6 @@ def split(
         )
     if "onboarding" in sizes:
         tell(f"{out / 'onboarding.parquet'}: rows of unseen users on training prompts, for `prlhf users add`")
-
-
-def _write_parts(parts: dict[str, Any], out: Path) -> dict[str, dict[str, Any]]:
-    """Writes each part that has rows, removes what an earlier split left of the others, and gives their sizes."""
-    from prlhf.core.splits import data_hash, write_parquet
-
-    sizes = {}
-    for name, part in parts.items():
-        if not part:
-            (out / f"{name}.parquet").unlink(missing_ok=True)
-            continue
-        write_parquet(part, out / f"{name}.parquet")
-        users = len({row.user.id for row in part} - {None})
-        sizes[name] = {"rows": len(part), "users": users, "hash": data_hash(part)}
-    return sizes
 
 
 def _fold(fold: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """`prlhf eval preference`: how often a run agrees with people's choices, and whether personalization helped."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ from .options import Columns, Json, MaxBadRows, MissingUser, ModelPlace, load
 from .output import check_table_path, percent, print_json, table, tell, write_json, write_table
 
 if TYPE_CHECKING:
-    from prlhf.core.comparisons import Comparison, Comparisons
+    from prlhf.core.comparisons import Comparisons
     from prlhf.eval.preference import Evaluation
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
@@ -31,6 +32,7 @@ def preference(
     per_user: Annotated[
         Path | None, typer.Option(help="Write the per-user table to this .parquet or .jsonl file.")
     ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a page to look at, one .html file.")] = None,
     model: ModelPlace = None,
     columns: Columns = None,
     missing_user: MissingUser = "refuse",
@@ -40,15 +42,23 @@ def preference(
     """Accuracy with and without the user, beside the uniform model, length rules and a shuffled-user control."""
     if per_user:
         check_table_path("--per-user", per_user)
+    if report and report.suffix != ".html":
+        raise ValueError(f"--report {report}: must end in .html")
+    begun = time.perf_counter()
     rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
-    result = _evaluate(run, rows, group, model)
+    evaluated, result = _evaluate(run, rows, group, model)
     figures = {"run": str(run), "data": data, "left_out": rows.dropped_counts, **result.figures}
     if against:
-        figures["against"] = _compare(result, _evaluate(against, rows, group, model), against)
+        figures["against"] = _compare(result, _evaluate(against, rows, group, model)[1], against)
     if out:
         write_json(figures, out)
     if per_user:
         write_table(result.users, per_user)
+    if report:
+        from prlhf.pages import evaluation_page
+
+        evaluation_page(report, run, evaluated, rows, result, time.perf_counter() - begun)
+        tell(f"report: {report}")
     if json:
         print_json(figures)
     else:
@@ -65,7 +75,10 @@ def _compare(result: "Evaluation", other: "Evaluation", run: Path) -> dict[str, 
     return {"run": str(run), "difference": difference, "accuracy": other.figures["accuracy"][theirs]}
 
 
-def _evaluate(run: Path, rows: "Comparisons", group: str | None, place: str | None) -> "Evaluation":
+def _evaluate(
+    run: Path, rows: "Comparisons", group: str | None, place: str | None
+) -> "tuple[PersonalizedRewardModel, Evaluation]":
+    from prlhf.evaluation import evaluate_model
     from prlhf.prm.features import over_long_notice
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
@@ -74,30 +87,12 @@ def _evaluate(run: Path, rows: "Comparisons", group: str | None, place: str | No
     result.figures["truncated"] = model.over_long_by_user(list(rows))
     if result.figures["truncated"]:
         tell(over_long_notice(rows.source, result.figures["truncated"], model.layout))
-    return result
-
-
-def evaluate_model(
-    model: "PersonalizedRewardModel", rows: "list[Comparison]", name: str, group: str | None = None
-) -> "Evaluation":
-    """Puts a reward model and its baselines together for `prlhf.evaluate`; `name` is the model's in the figures."""
-    from prlhf.eval.baselines import length_directions
-    from prlhf.eval.preference import evaluate
-
-    counts = {user or None: (f["longer_chosen"], f["shorter_chosen"]) for user, f in model.users.facts.items()}
-    baselines = {"uniform": model.uniform_scorer()}
-    return evaluate(name, model.score, rows, model.knows, baselines, length_directions(counts), group)
-
-
-WORDS = {
-    "uniform": "uniform model (nobody's id is read)",
-    "longer": "always the longer response",
-    "length_rule": "best fixed length direction per user",
-    "shuffled_users": "control: somebody else's id",
-}
+    return model, result
 
 
 def _show(figures: dict[str, Any], result: "Evaluation") -> None:
+    from prlhf.eval.preference import WORDS
+
     accuracy = figures["accuracy"]
     name = next(iter(accuracy))
     users = figures["users"]
@@ -105,16 +100,10 @@ def _show(figures: dict[str, Any], result: "Evaluation") -> None:
     title = f"{figures['run']} on {figures['data']}: {figures['rows']:,} rows, {seen}"
     lines = [(f"{name} (this run)", percent(accuracy[name]["top"]), percent(accuracy[name]["generic"]))]
     if name != "uniform":
-        lines.append(
-            (
-                "row 0: the same run, user unknown",
-                percent(accuracy[name]["top_row0"]),
-                percent(accuracy[name]["generic"]),
-            )
-        )
+        lines.append((WORDS["row0"], percent(accuracy[name]["top_row0"]), percent(accuracy[name]["generic"])))
     lines += [(WORDS[m], percent(f["top"]), percent(f["generic"])) for m, f in accuracy.items() if m != name]
     table(title, ["accuracy", "seen users", "unseen users"], lines)
-    gains = [(WORDS.get(m, "row 0"), percent(f, signed=True)) for m, f in figures["difference"].items()]
+    gains = [(WORDS[m], percent(f, signed=True)) for m, f in figures["difference"].items()]
     if "against" in figures:
         gains.append((figures["against"]["run"], percent(figures["against"]["difference"], signed=True)))
     table("Paired difference on the same rows: this run minus ...", ["", "points"], gains)
