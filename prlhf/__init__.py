@@ -17,9 +17,15 @@ _PLACES = {
     "find_model": "core.pretrained",
     "load_backbone": "core.pretrained",
     "Ranking": "core.scoring",
+    "GenerateRequest": "core.generation",
+    "LocalGenerator": "core.generation",
+    "Sampling": "core.generation",
     "ScoreRequest": "core.scoring",
     "Scorer": "core.scoring",
     "each": "core.scoring",
+    "SimulationPlan": "core.sources.simulated",
+    "World": "core.sources.simulated",
+    "simulate": "core.sources.simulated",
     "SplitPlan": "core.splits",
     "split": "core.splits",
     "TextLayout": "core.tokenize",
@@ -28,6 +34,7 @@ _PLACES = {
     "PersonalizedRewardModel": "prm.reward_model",
     "fit_reward_model": "prm.fit",
     "evaluate": "eval.preference",
+    "regret": "eval.regret",
     "rerank": "bestofn.rerank",
 }
 
@@ -38,6 +45,9 @@ if TYPE_CHECKING:
     from .core.comparisons import Comparison as Comparison
     from .core.comparisons import RowPolicy as RowPolicy
     from .core.comparisons import User as User
+    from .core.generation import GenerateRequest as GenerateRequest
+    from .core.generation import LocalGenerator as LocalGenerator
+    from .core.generation import Sampling as Sampling
     from .core.pretrained import find_model as find_model
     from .core.pretrained import load_backbone as load_backbone
     from .core.scoring import Ranking as Ranking
@@ -45,11 +55,15 @@ if TYPE_CHECKING:
     from .core.scoring import ScoreRequest as ScoreRequest
     from .core.scoring import each as each
     from .core.sources.files import load_comparisons as load_comparisons
+    from .core.sources.simulated import SimulationPlan as SimulationPlan
+    from .core.sources.simulated import World as World
+    from .core.sources.simulated import simulate as simulate
     from .core.splits import SplitPlan as SplitPlan
     from .core.splits import split as split
     from .core.tokenize import TextLayout as TextLayout
     from .core.users import UserIndex as UserIndex
     from .eval.preference import evaluate as evaluate
+    from .eval.regret import regret as regret
     from .prm.fit import fit_reward_model as fit_reward_model
     from .prm.head_config import HeadConfig as HeadConfig
     from .prm.reward_model import PersonalizedRewardModel as PersonalizedRewardModel

@@ -29,8 +29,8 @@ from prlhf.eval.metrics import accuracies, clustered_mean, paired_difference
 from prlhf.eval.preference import Evaluation, margins
 from prlhf.eval.regret import Regret, regret
 from prlhf.evaluation import directions, evaluate_model
-from prlhf.prm.features import POOLINGS, feature_reader
-from prlhf.prm.fit import fit_reward_model
+from prlhf.prm.features import feature_reader
+from prlhf.prm.fit import BEST, fit_reward_model
 from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.reward_model import PersonalizedRewardModel
 
@@ -92,19 +92,15 @@ def compute_features(backbone: Backbone) -> None:
 def train(
     backbone: Backbone, parts: dict[str, Comparisons], out: Path, seed: int
 ) -> dict[str, PersonalizedRewardModel]:
-    """A reward model per user model, saved as `prlhf prm train` does; validation rows choose the pooling for all."""
+    """A reward model per user model, saved as `prlhf prm train` does; validation rows choose the pooling."""
 
-    def fit(name: str, pooling: str, **options: Any) -> PersonalizedRewardModel:
-        config = HeadConfig(user_model=name, user_options=options, seed=seed)
-        print(f"{name} users, {pooling} pooling", file=sys.stderr)
-        return fit_reward_model(parts["train"], parts["validation"], backbone, TextLayout(), pooling, config)
-
-    tried = [fit("individualized", pooling) for pooling in POOLINGS]
-    best = min(tried, key=lambda model: model.figures["validation_log_loss"]["personal"])
-    cluster = fit("cluster", best.settings["pooling"], clusters=CLUSTERS, seed=seed)
-    models = {"individualized": best, "cluster": cluster}
-    for name, model in models.items():
-        model.save_pretrained(out / name)
+    options: dict[str, dict[str, Any]] = {"individualized": {}, "cluster": {"clusters": CLUSTERS, "seed": seed}}
+    models = {}
+    for name, chosen in options.items():
+        print(f"{name} users", file=sys.stderr)
+        config = HeadConfig(user_model=name, user_options=chosen, seed=seed)
+        models[name] = fit_reward_model(parts["train"], parts["validation"], backbone, TextLayout(), BEST, config)
+        models[name].save_pretrained(out / name)
     return models
 
 

@@ -33,10 +33,11 @@ class RewardArguments:
     user_loss_alpha: float = field(
         default=0.5, metadata={"help": "Weight of the loss with the user; the rest is row 0's."}
     )
-    pooling: Literal["last", "mean"] | None = field(
+    pooling: Literal["last", "mean", "best"] | None = field(
         default=None,
         metadata={
-            "help": "Hidden state of a response: mean over its tokens (default), or its last token (reward models)."
+            "help": "Hidden state of a response: mean over its tokens (default), its last token (default of reward "
+            "models), or whichever is best on validation rows."
         },
     )
     user_text: Literal["input", "ignore"] = field(

@@ -22,6 +22,7 @@ from .heads import Examples, HeadFit, fit_heads
 from .new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture
 from .reward_model import LinearHead, PersonalizedRewardModel, length_facts
 
+BEST = "best"
 TRIAL_USERS = 200
 TRIAL_ROWS = 20
 MIXTURE_STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e6)  # the last keeps a new user at row 0
@@ -85,11 +86,14 @@ def fit_reward_model(
 
     Args:
         validation: rows on which everything is chosen: strengths, epochs, the prior of new users.
-        pooling: `last`, `mean`, or None for what suits the backbone (`last` for a stock reward model).
+        pooling: `last`, `mean`, None for what suits the backbone (`last` for a stock reward model), or `best` for
+            whichever does better on validation rows, which costs no further pass of the backbone.
 
     Returns:
         the model; its `figures` hold the chosen strengths, every candidate, and the rows that were cut or dropped.
     """
+    if pooling == BEST:
+        return _best_pooling(train, validation, backbone, layout, config, show)
     pooling, resolved = _resolve(backbone, layout, pooling)
     reader = feature_reader(backbone, resolved)
     parts = [frozen_features(rows, reader, pooling, show) for rows in (train, validation)]
@@ -115,11 +119,22 @@ def fit_reward_model(
     return PersonalizedRewardModel(users, personal.users, head, settings, figures, show=show, _backbone=backbone)
 
 
+def _best_pooling(
+    train: Comparisons, validation: Comparisons, backbone: Backbone, layout: TextLayout, config: HeadConfig, show: bool
+) -> PersonalizedRewardModel:
+    """The model under the pooling with the lower log loss on validation rows."""
+    models = [fit_reward_model(train, validation, backbone, layout, pooling, config, show) for pooling in POOLINGS]
+    losses = [model.figures["validation_log_loss"]["personal"] for model in models]
+    best = models[int(np.argmin(losses))]
+    best.figures["tried"]["pooling"] = dict(zip(POOLINGS, losses, strict=True))
+    return best
+
+
 def _resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tuple[str, TextLayout]:
     """Pooling and layout with their defaults filled in, within what the backbone can read."""
     pooling = pooling or default_pooling(backbone)
     if pooling not in POOLINGS:
-        raise ValueError(f"--pooling {pooling}: must be one of {', '.join(POOLINGS)}")
+        raise ValueError(f"--pooling {pooling}: must be one of {', '.join((*POOLINGS, BEST))}")
     resolved = RowTokenizer(backbone.tokenizer, layout).layout
     return pooling, replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
 

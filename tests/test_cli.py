@@ -1,6 +1,7 @@
 """The commands as a person calls them, on a tiny model: what they write, what they say, and their exit codes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,23 @@ def test_eval_preference_compares_two_runs_and_shows_a_table(work: Path) -> None
     shown = prlhf(*args, cwd=work).stdout
     assert "runs/flat" in shown
     assert "somebody else" in shown
+
+
+def test_eval_preference_writes_a_page(work: Path) -> None:
+    """With every row that was left out, in training as in evaluation."""
+    rows = (work / "prefs.jsonl").read_text().splitlines()[:40]
+    row = json.loads(rows[0])
+    identical = json.dumps({**row, "rejected": row["chosen"]})
+    (work / "some.jsonl").write_text("\n".join([*rows, identical, '{"user_id": "u1"}']) + "\n")
+    args = ("eval", "preference", "runs/board", "--data", "some.jsonl", "--max-bad-rows", 1, "--report")
+    done = prlhf(*args, "page.html", cwd=work)
+    assert "report: page.html" in done.stderr
+    text = re.sub(r"<[^>]+>|\s+", " ", (work / "page.html").read_text().rpartition("</script>")[0])
+    assert "prlhf eval preference runs/board --data some.jsonl" in text
+    assert re.search(r"evaluated: comparisons +41 ", text)
+    assert re.search(r"evaluated: rows left out +1 bad ", text)
+    assert "train: rows left out" in text
+    assert "--report page.txt: must end in .html" in prlhf(*args, "page.txt", cwd=work, code=2).stderr
 
 
 def test_score_writes_one_line_per_prompt_and_user_and_resumes(work: Path) -> None:

@@ -9,9 +9,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_tree_names_every_module() -> None:
     tree = README.partition("## The tree")[2].partition("## Develop")[0]
-    for folder in ("core", "prm", "bestofn", "eval", "benchmarks"):
+    for folder in ("prlhf", "core", "core/sources", "prm", "bestofn", "eval", "benchmarks", "recipes"):
         for path in (ROOT / folder).glob("*.py"):
-            assert path.name == "__init__.py" or path.name in tree, path
+            assert path.name.startswith("__") or path.name in tree, path
     for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
         assert list(ROOT.rglob(name)), name
 

@@ -58,6 +58,17 @@ def test_checkerboard(tiny_backbone: Backbone, name: str, pooling: str) -> None:
     assert accuracy(fitted, test, None) == 0.5
 
 
+def test_best_pooling_is_the_better_one_on_validation_rows(tiny_backbone: Backbone) -> None:
+    config = {"max_epochs": 1, "base_strengths": (1.0,), "user_strengths": (300.0,)}
+    each_one = {name: fit(tiny_backbone, pooling=name, **config) for name in features.POOLINGS}
+    losses = {name: one.figures["validation_log_loss"]["personal"] for name, one in each_one.items()}
+    best = fit(tiny_backbone, pooling="best", **config)
+    assert len(set(losses.values())) == 2
+    assert best.settings["pooling"] == min(losses, key=lambda name: losses[name])
+    assert best.figures["tried"]["pooling"] == losses
+    assert torch.equal(best.user_model(torch.arange(3)), each_one[best.settings["pooling"]].user_model(torch.arange(3)))
+
+
 def test_uniform_run_ignores_the_user(tiny_backbone: Backbone) -> None:
     fitted = fit(tiny_backbone, user_model="uniform")
     assert accuracy(fitted, checkerboard(20, first=100)) == 0.5
