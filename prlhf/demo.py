@@ -19,6 +19,7 @@ from prlhf.core.comparisons import Comparison, Comparisons, User
 from prlhf.core.generation import GenerateRequest, Generator, LocalGenerator, Sampling, whole_sentences
 from prlhf.core.manners import MANNERS
 from prlhf.core.pretrained import Backbone, find_model, load_backbone
+from prlhf.core.properties import PROPERTIES
 from prlhf.core.scoring import Ranking
 from prlhf.core.sources.simulated import POOL, SimulationPlan, World, simulated_parts
 from prlhf.core.splits import SplitPlan, prompt_text, write_parts
@@ -42,8 +43,13 @@ PROMPTS = (
 SAMPLES = 2  # of each manner
 SAMPLING = Sampling(max_new_tokens=64, temperature=0.7, top_p=0.95)
 NEW_USER_COMPARISONS = 10
-SHOWN = ("brief answers", "lists", "enthusiasm and exclamation marks", "long, precise words")
-CLUSTERS = 6
+SHOWN = (
+    PROPERTIES["length"].less,
+    PROPERTIES["list"].more,
+    PROPERTIES["exclamation"].more,
+    PROPERTIES["long_words"].more,
+)
+CLUSTERS = 6  # as many as there are properties; the users' tastes span so many directions
 
 
 @dataclass
@@ -93,7 +99,6 @@ def train(
     backbone: Backbone, parts: dict[str, Comparisons], out: Path, seed: int
 ) -> dict[str, PersonalizedRewardModel]:
     """A reward model per user model, saved as `prlhf prm train` does; validation rows choose the pooling."""
-
     options: dict[str, dict[str, Any]] = {"individualized": {}, "cluster": {"clusters": CLUSTERS, "seed": seed}}
     models = {}
     for name, chosen in options.items():

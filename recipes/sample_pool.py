@@ -22,7 +22,7 @@ from prlhf.core.store import JsonlStore
 
 PROMPTS = Path(__file__).with_name("everyday_prompts.txt")
 SHORTEST, LONGEST = 8, 96
-ATTEMPTS = 60
+ATTEMPTS = 20
 BUDGETS = (24, 48, 96, 64)
 TEMPERATURES = (0.5, 0.7, 0.9)
 
