@@ -66,9 +66,8 @@ def sample(
     """
     keys = [[_key(model, request, i) for i in range(request.n)] for request in requests]
     missing = [request for request, mine in zip(requests, keys, strict=True) if not set(mine) <= set(store)]
-    total = sum(request.n for request in missing)
-    drawn = tqdm(generator.generate(missing), total=total, unit="response", desc="responses", disable=not show)
-    for candidate in drawn if missing else ():
+    total, hidden = sum(request.n for request in missing), not (show and missing)
+    for candidate in tqdm(generator.generate(missing), total=total, unit="text", desc="responses", disable=hidden):
         request = candidate.request
         made = {"prompt": request.prompt, "user_id": request.user.id, "seed": request.seed, "index": candidate.index}
         facts = {"sampling": asdict(request.sampling), "tokens": candidate.tokens, "ended": candidate.ended}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.comparisons import Comparison, User
-from ..core.figures import Figure, wilson
+from ..core.figures import NOTHING, Figure, wilson
 from ..core.scoring import Scorer, ScoreRequest
 from ..core.sources.simulated import true_margins
 from ..core.splits import prompt_text
@@ -29,6 +29,7 @@ from .metrics import (
 )
 
 SHUFFLES = 5
+OF_ROW0 = "_row0"  # ends the name of what a model says when it does not know the user
 WORDS = {
     "row0": "row 0: user unknown",
     "uniform": "uniform model",
@@ -56,7 +57,8 @@ class Evaluation:
     Attributes:
         figures: the JSON object that `prlhf eval preference` prints.
         users: one row per user: `user_id`, `known`, `n`, accuracy of every model, Wilson interval of the first.
-        correct: model -> (B,) 1, 0.5 or 0 per comparison, in the order of the rows; for paired differences.
+        correct: model -> (B,) 1, 0.5 or 0 per comparison, in the order of the rows; `row0` and `<model>_row0` are what
+            the models say when they do not know the user.
         seen: (B,) whether the comparison's user was seen in training.
         clusters: (B,) what a bootstrap draws.
     """
@@ -66,6 +68,11 @@ class Evaluation:
     correct: dict[str, np.ndarray] = field(repr=False)
     seen: np.ndarray = field(repr=False)
     clusters: np.ndarray = field(repr=False)
+
+
+def is_model(column: str) -> bool:
+    """Whether a column of `Evaluation.correct` is a model, and not what a model says when it does not know the user."""
+    return column != "row0" and not column.endswith(OF_ROW0)
 
 
 def margins(scorer: Scorer, rows: Sequence[Comparison], users: Sequence[User]) -> np.ndarray:
@@ -138,10 +145,10 @@ def _all_margins(
     every = margins(scorer, repeated, [user for same_row in zip(*variants, strict=True) for user in same_row])
     own, row0, *shuffled = every.reshape(len(rows), len(variants)).T
     result = {name: [own], "row0": [row0]}
-    result |= {other: [margins(baseline, rows, users)] for other, baseline in baselines.items() if other != name}
-    result |= {"longer": [margins(always_longer(), rows, users)]}
-    rule = length_rule(directions)
-    result |= {"length_rule": [margins(rule, rows, users)], "length_rule_row0": [margins(rule, rows, nobody)]}
+    for other, baseline in {**baselines, "length_rule": length_rule(directions)}.items():
+        if other != name:
+            result |= {other: [margins(baseline, rows, users)], other + OF_ROW0: [margins(baseline, rows, nobody)]}
+    result["longer"] = [margins(always_longer(), rows, users)]
     if len(known) > 1:  # with one user there is nobody else's id
         result["shuffled_users"] = shuffled
     truth = true_margins(rows)
@@ -152,14 +159,15 @@ def _accuracy(
     name: str, correct: dict[str, np.ndarray], seen: np.ndarray, clusters: np.ndarray, table: pd.DataFrame
 ) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
-    # A model that does not read the user is its own row 0.
-    row0 = {name: "row0", "shuffled_users": "row0", "length_rule": "length_rule_row0"}
+    row0 = {name: correct["row0"], "shuffled_users": correct["row0"], "longer": correct["longer"]}
     for model, values in correct.items():
-        if model in row0.values():
+        if not is_model(model):
             continue
+        unknown = row0.get(model, correct.get(model + OF_ROW0))
         figures[model] = {
             "top": clustered_mean(values[seen], clusters[seen]),
-            "top_row0": clustered_mean(correct[row0.get(model, model)][seen], clusters[seen]),
+            # A true utility is somebody's: it has no row 0.
+            "top_row0": dict(NOTHING) if unknown is None else clustered_mean(unknown[seen], clusters[seen]),
             "generic": clustered_mean(values[~seen], clusters[~seen]),
             "average": _averages(table, model),
         }
@@ -170,7 +178,7 @@ def _differences(
     name: str, correct: dict[str, np.ndarray], seen: np.ndarray, clusters: np.ndarray
 ) -> dict[str, Figure]:
     """The scorer's accuracy minus each other model's, on the rows of seen users."""
-    others = [model for model in correct if model not in (name, "length_rule_row0")]
+    others = [model for model in correct if model == "row0" or (model != name and is_model(model))]
     return {m: paired_difference(correct[name][seen], correct[m][seen], clusters[seen]) for m in others}
 
 

@@ -13,7 +13,7 @@ from ..core.splits import prompt_text
 from .charts import PERCENT, POINTS, Series, Sign, Unit, dots, histogram, scatter, shown, sign
 from .metrics import mean_over_users
 from .picks import side_by_side
-from .preference import MEANINGS, WORDS, Evaluation
+from .preference import MEANINGS, WORDS, Evaluation, is_model
 from .report import NO_ID, UNKNOWN, Chart, Command, Section, Table
 
 EVERYBODY_AT_ONCE = 60  # users in one chart of dots
@@ -27,7 +27,7 @@ _SIGNS = {
     UNKNOWN: Sign("--c1", "diamond-open", "◇"),
     "generic": Sign("--muted", "diamond-open", "◇"),
 }
-_NOT_MODELS = {"user_id", "known", "n", "low", "high", "group", "length_rule_row0"}
+_NOT_MODELS = {"user_id", "known", "n", "low", "high", "group"}
 
 
 def accuracy_section(evaluation: Evaluation) -> Section:
@@ -147,7 +147,7 @@ def _user_dots(users: pd.DataFrame, name: str, label: str) -> Chart:
 
 
 def _user_table(users: pd.DataFrame, name: str) -> Table:
-    models = [m for m in users.columns if m not in {name, *_NOT_MODELS}]
+    models = [m for m in users.columns if m == "row0" or (m not in {name, *_NOT_MODELS} and is_model(m))]
     groups = ["group"] * ("group" in users)
     rows = []
     for user in users.head(TABLE_ROWS).to_dict("records"):

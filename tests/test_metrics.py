@@ -92,7 +92,13 @@ def test_evaluation_follows_the_papers_definitions() -> None:
     scorer = each(lambda user, prompt, response: taste.get(user.id or "", 1.0) * len(response))
     uniform = each(lambda user, prompt, response: float(len(response)))
     found = evaluate(
-        "mine", scorer, rows, lambda u: u.id in taste, {"uniform": uniform}, {"a": 1, "b": -1, None: 1}, "group"
+        "mine",
+        scorer,
+        rows,
+        lambda u: u.id in taste,
+        {"uniform": uniform, "other": scorer},
+        {"a": 1, "b": -1, None: 1},
+        "group",
     )
     accuracy = found.figures["accuracy"]
     assert accuracy["mine"]["top"]["value"] == 7 / 8
@@ -101,6 +107,7 @@ def test_evaluation_follows_the_papers_definitions() -> None:
     assert accuracy["mine"]["average"]["all"]["value"] == pytest.approx((1 + 0.75) / 2)
     assert accuracy["mine"]["average"]["minority"]["value"] == 0.75
     assert accuracy["uniform"]["top"]["value"] == 5 / 8
+    assert accuracy["other"] == accuracy["mine"]  # a baseline that reads the user has a row 0 of its own
     assert accuracy["length_rule"]["top"]["value"] == 7 / 8
     assert accuracy["length_rule"]["top_row0"]["value"] == 5 / 8
     assert accuracy["shuffled_users"]["top"]["value"] == 1 / 8

@@ -13,6 +13,7 @@ from browser import Visit, visit
 from prlhf.core.comparisons import Comparison, User
 from prlhf.core.figures import NOTHING, figure
 from prlhf.core.scoring import Ranking, ScoreRequest, each, ranking
+from prlhf.core.sources.simulated import UTILITY_COLUMNS
 from prlhf.eval import sections
 from prlhf.eval.charts import NUMBER, POINTS, chart_text, shown, sign
 from prlhf.eval.preference import Evaluation, evaluate
@@ -44,7 +45,8 @@ def evaluated(ids: list[str], unseen: int = 2, rows: int = 8, groups: list[str] 
         group = {"group": groups[i % len(groups)]} if groups else {}
         for row in range(rows):
             pair = ("a long response", "short") if (way > 0) == (row > 0) else ("short", "a long response")
-            comparisons.append(Comparison(User(user), f"p{row}", *pair, f"x:{row}", group))
+            truth = dict(zip(UTILITY_COLUMNS, [way * len(text) for text in pair], strict=True))
+            comparisons.append(Comparison(User(user), f"p{row}", *pair, f"x:{row}", {**group, **truth}))
     scorer = each(lambda user, prompt, response: taste.get(user.id or "", 1.0) * len(response))
     uniform = each(lambda user, prompt, response: float(len(response)))
     return evaluate(
@@ -52,7 +54,7 @@ def evaluated(ids: list[str], unseen: int = 2, rows: int = 8, groups: list[str] 
         scorer,
         comparisons,
         lambda user: user.id in taste,
-        {"uniform": uniform, "ceiling": each(lambda u, prompt, r: everybody[u.id or ""] * len(r))},
+        {"uniform": uniform},
         {None: 1},
         "group" if groups else None,
     )
