@@ -55,18 +55,25 @@ class GenerateRequest:
     """Sample `n` responses to this prompt; the user's text, where there is one, is part of the input.
 
     Attributes:
-        seed: the same request with the same seed gives the same texts.
+        first: index of the first of them; what is drawn depends on the index, not on where a request begins.
+        seed: the same request with the same seed gives the same texts. Samplings share their random numbers, so that
+            two of them can be compared on the same draws.
     """
 
     prompt: Prompt
     n: int = 1
+    first: int = 0
     user: User = NOBODY
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, found {self.n}")
+        if self.n < 1 or self.first < 0:
+            raise ValueError(f"n must be at least 1 and first at least 0, found {self.n} and {self.first}")
+
+    @property
+    def indices(self) -> range:
+        return range(self.first, self.first + self.n)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Candidate:
     """One sampled response.
 
     Attributes:
-        index: which of the request's n it is.
+        index: which of the request's `indices` it is.
         tokens: number of tokens drawn, the one that ends the response included.
         ended: whether the model ended it; False where `max_new_tokens` cut it.
     """
@@ -120,6 +127,15 @@ class LocalGenerator:
             for batch in self._batches(group):
                 yield from self._sample(batch, sampling)
 
+    def check(self, requests: Sequence[GenerateRequest]) -> None:
+        """Refuses what `generate` would refuse, before any work.
+
+        Raises:
+            ValueError: a prompt and its new tokens are more than the model can hold.
+        """
+        for request in requests:
+            self._prompt_ids(request)
+
     def _batches(self, requests: Iterable[GenerateRequest]) -> Iterator[list[tuple[GenerateRequest, int]]]:
         """Requests with the index of the response to draw, up to `sequences` of them at a time.
 
@@ -130,7 +146,7 @@ class LocalGenerator:
             if batch and len(batch) + request.n > self.sequences:
                 yield batch
                 batch = []
-            for index in range(request.n):
+            for index in request.indices:
                 if len(batch) == self.sequences:
                     yield batch
                     batch = []

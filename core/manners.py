@@ -4,6 +4,7 @@ Samples of one model to one prompt are much alike, so there is little to choose 
 worked examples in front of the prompt; the responses are then ranked as answers to the bare prompt.
 """
 
+import re
 from dataclasses import dataclass
 
 from .comparisons import Prompt
@@ -86,3 +87,13 @@ MANNERS = (
         ),
     ),
 )
+
+
+def repeats(text: str, manner: Manner) -> bool:
+    """Whether a text says something twice or repeats an example, which small models fall into."""
+    own, examples = _sentences(text), _sentences("\n".join(manner.examples))
+    return len(set(own)) < len(own) or not set(own).isdisjoint(examples)
+
+
+def _sentences(text: str) -> list[str]:
+    return [part.strip().casefold() for part in re.split(r"[.!?\n]+", text) if part.strip()]

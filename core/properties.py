@@ -1,4 +1,7 @@
-"""Measurable properties of a response: what simulated users like or dislike, and what a report says differs."""
+"""Measurable properties of a response: what simulated users like or dislike, and what a report says differs.
+
+Words are told apart by the spaces between them and the word lists are English; other scripts get numbers of less use.
+"""
 
 import math
 import re
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _LIST_MARK = re.compile(r"^[^\S\n]*(?:[-*•–]|\d{1,2}[.)])\s+(?=\S)", re.MULTILINE)
 _SENTENCE_END = re.compile(r"[.!?…]+(?=[\"')\]*_”’]*(?:\s|$))")
+_WIDE = str.maketrans({"。": ". ", "！": "! ", "？": "? "})
 _LONG = 8  # letters; about a fifth of the running words of English prose
 _YOU = {"you", "your", "yours", "yourself", "you're", "you'll", "you've", "you'd"}
 
@@ -40,26 +44,17 @@ def list_share(text: str) -> float:
     return sum(bool(_LIST_MARK.match(line)) for line in lines) / len(lines) if lines else 0.0
 
 
-def _sentences_with(mark: str, text: str) -> tuple[int, int]:
-    """Sentences that end with the mark, and all sentences."""
-    ends = _SENTENCE_END.findall(_LIST_MARK.sub("", text))  # the number of a list item ends no sentence
-    return sum(mark in end for end in ends), max(1, len(ends))
-
-
 def _share_of_sentences(mark: str) -> Callable[[str], float]:
     def share(text: str) -> float:
-        marked, every = _sentences_with(mark, text)
-        return marked / every
+        plain = _LIST_MARK.sub("", text.translate(_WIDE))  # the number of a list item ends no sentence
+        ends = _SENTENCE_END.findall(plain)
+        return sum(mark in end for end in ends) / max(1, len(ends))
 
     return share
 
 
-def _count(mark: str, name: str) -> Callable[[str], str]:
-    def shown(text: str) -> str:
-        marked, _ = _sentences_with(mark, text)
-        return f"{marked} {name}{'s' * (marked != 1)}"
-
-    return shown
+def _percent(share: Callable[[str], float], of: str) -> Callable[[str], str]:
+    return lambda text: f"{round(100 * share(text))} % {of}"
 
 
 def _share_of_words(accept: Callable[[str], bool]) -> Callable[[str], float]:
@@ -79,6 +74,7 @@ def _is_you(word: str) -> bool:
 
 
 _long_share, _you_share = _share_of_words(_is_long), _share_of_words(_is_you)
+_exclaimed, _asked = _share_of_sentences("!"), _share_of_sentences("?")
 
 PROPERTIES = {
     made.name: made
@@ -90,40 +86,24 @@ PROPERTIES = {
             "brief answers",
             lambda text: f"{len(words(text))} words",
         ),
-        Property(
-            "list",
-            list_share,
-            "lists",
-            "running prose",
-            lambda text: f"{round(100 * list_share(text))} % list lines",
-        ),
+        Property("list", list_share, "lists", "running prose", _percent(list_share, "list lines")),
         Property(
             "exclamation",
-            _share_of_sentences("!"),
+            _exclaimed,
             "enthusiasm and exclamation marks",
             "a calm tone",
-            _count("!", "exclamation"),
+            _percent(_exclaimed, "end in !"),
         ),
-        Property(
-            "question",
-            _share_of_sentences("?"),
-            "being asked back",
-            "answers without questions",
-            _count("?", "question"),
-        ),
+        Property("question", _asked, "being asked back", "answers without questions", _percent(_asked, "end in ?")),
         Property(
             "long_words",
             _long_share,
             "long, precise words",
             "short, plain words",
-            lambda text: f"{round(100 * _long_share(text))} % long words",
+            _percent(_long_share, "long words"),
         ),
         Property(
-            "you",
-            _you_share,
-            "being addressed in person",
-            "an impersonal style",
-            lambda text: f"{round(100 * _you_share(text))} % you, your",
+            "you", _you_share, "being addressed in person", "an impersonal style", _percent(_you_share, "you, your")
         ),
     )
 }

@@ -76,19 +76,21 @@ def paired_difference(
     return clustered_mean(np.asarray(first) - np.asarray(second), clusters, seed, (-1.0, 1.0))
 
 
-def mean_over_users(per_user: np.ndarray) -> Figure:
-    """Accuracy-average (C.3): the mean over users of the per-user accuracy; n counts users.
+def mean_over_users(values: np.ndarray, bounds: tuple[float | None, float | None] = (0.0, 1.0)) -> Figure:
+    """Mean over users of one value each, such as the per-user accuracy (Accuracy-average, C.3); n counts users.
 
-    The interval is the paper's standard error over users times Student's t; with one user it is unbounded, so [0, 1].
+    The interval is the paper's standard error over users times Student's t, kept within the bounds that values have;
+    with one user it is all of the bounds.
     """
-    n = len(per_user)
+    n = len(values)
     if not n:
         return dict(NOTHING)
-    mean = float(np.mean(per_user))
+    least, most = (-np.inf if bounds[0] is None else bounds[0]), (np.inf if bounds[1] is None else bounds[1])
+    mean = float(np.mean(values))
     if n == 1:
-        return figure(mean, 0.0, 1.0, 1)
-    half = stats.t.ppf(0.975, n - 1) * np.std(per_user, ddof=1) / np.sqrt(n)
-    return figure(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+        return {"value": mean, "low": bounds[0], "high": bounds[1], "n": 1}
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    return figure(mean, max(least, mean - half), min(most, mean + half), n)
 
 
 def per_user(user_ids: Sequence[str | None], columns: Mapping[str, np.ndarray]) -> pd.DataFrame:

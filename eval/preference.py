@@ -1,6 +1,6 @@
 """Preference accuracy of a scorer on held-out comparisons, as the paper defines it (C.3), with its baselines beside it.
 
-One schema for all figures: `accuracy.<model>.{top, top_row0, generic, average.{all, <group>}}`, each leaf
+One schema for all figures: `accuracy.<model>.{top, top_row0, generic, average.{all, <group>}, average_row0}`, each leaf
 `{"value", "low", "high", "n"}`. On rows of simulated users `ceiling` is the accuracy of their true utility, which no
 model can beat but by luck, since choices are noisy.
 """
@@ -159,15 +159,16 @@ def _accuracy(
     name: str, correct: dict[str, np.ndarray], seen: np.ndarray, clusters: np.ndarray, table: pd.DataFrame
 ) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
-    row0 = {name: correct["row0"], "shuffled_users": correct["row0"], "longer": correct["longer"]}
+    own_row0 = {name: "row0", "shuffled_users": "row0", "longer": "longer"}
     for model, values in correct.items():
         if not is_model(model):
             continue
-        unknown = row0.get(model, correct.get(model + OF_ROW0))
+        row0 = own_row0.get(model, model + OF_ROW0)
+        there = row0 in correct  # a true utility is somebody's: it has no row 0
         figures[model] = {
             "top": clustered_mean(values[seen], clusters[seen]),
-            # A true utility is somebody's: it has no row 0.
-            "top_row0": dict(NOTHING) if unknown is None else clustered_mean(unknown[seen], clusters[seen]),
+            "top_row0": clustered_mean(correct[row0][seen], clusters[seen]) if there else dict(NOTHING),
+            "average_row0": _averages(table, row0) if there else {},
             "generic": clustered_mean(values[~seen], clusters[~seen]),
             "average": _averages(table, model),
         }

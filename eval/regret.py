@@ -26,10 +26,12 @@ class Regret:
     Attributes:
         figures: arm -> mean over all prompts and users; `random` is the expectation of a blind pick, `oracle` is 0.
         users: one row per user: `user_id`, regret of every arm, `n` prompts.
+        unit: what the intervals' bootstrap draws, `user` or `prompt`.
     """
 
     figures: dict[str, Figure]
     users: pd.DataFrame
+    unit: str
 
 
 def regret(gold: Scorer, arms: Mapping[str, Scorer], users: Sequence[User], candidates: Sequence[Candidates]) -> Regret:
@@ -56,11 +58,11 @@ def regret(gold: Scorer, arms: Mapping[str, Scorer], users: Sequence[User], cand
         picks = [ranking(r, s, True).order[0] for r, s in zip(requests, scorer(requests), strict=True)]
         lost[name] = np.asarray([u.max() - u[pick] for u, pick in zip(utilities, picks, strict=True)]) / units
     ids = [r.user.id for r in requests]
-    _, clusters = resampling_units(ids, [prompt_text(r.prompt) for r in requests])
+    unit, clusters = resampling_units(ids, [prompt_text(r.prompt) for r in requests])
     figures = {name: clustered_mean(values, clusters, bounds=(0.0, None)) for name, values in lost.items()}
     figures[ORACLE] = {"value": 0.0, "low": 0.0, "high": 0.0, "n": len(requests)}  # by definition, not by sampling
     table = pd.DataFrame({"user_id": ids, **lost, ORACLE: 0.0}).groupby("user_id", sort=True).mean()
-    return Regret(figures, table.assign(n=len(candidates)).reset_index())
+    return Regret(figures, table.assign(n=len(candidates)).reset_index(), unit)
 
 
 def _spreads(utilities: Sequence[np.ndarray], users: int) -> np.ndarray:

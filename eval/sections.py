@@ -11,7 +11,6 @@ from ..core.figures import NOTHING, Figure, figure
 from ..core.scoring import Ranking
 from ..core.splits import prompt_text
 from .charts import PERCENT, POINTS, Series, Sign, Unit, dots, histogram, scatter, shown, sign
-from .metrics import mean_over_users
 from .picks import side_by_side
 from .preference import MEANINGS, WORDS, Evaluation, is_model
 from .report import NO_ID, UNKNOWN, Chart, Command, Section, Table
@@ -101,10 +100,8 @@ def users_section(evaluation: Evaluation) -> Section:
     """Accuracy of every user; of many users the lowest, and how the gains over row 0 are spread."""
     name = next(iter(evaluation.figures["accuracy"]))
     users = evaluation.users.sort_values(["known", name, "user_id"], ascending=[False, False, True])
-    text = [
-        f"{_gains_in_words(users, name)} Each interval is a 95 % one (Wilson); where intervals overlap, the order of "
-        "the users says little."
-    ]
+    said = "" if name == "uniform" else f"{_gains_in_words(users, name)} "
+    text = [f"{said}Each interval is a 95 % one (Wilson); where intervals overlap, the order of the users says little."]
     parts: list[Chart | Table] = []
     if len(users) <= EVERYBODY_AT_ONCE:
         parts.append(_user_dots(users, name, "Accuracy per user"))
@@ -169,7 +166,7 @@ def groups_section(evaluation: Evaluation) -> Section | None:
         return None
     means = {name: accuracy[name]["average"]}
     if name != "uniform":
-        means["row0"] = _row0_averages(evaluation.users)
+        means["row0"] = accuracy[name]["average_row0"]
     means |= {m: accuracy[m]["average"] for m in ("uniform", "length_rule", "ceiling") if m in accuracy and m != name}
     signs = {**_SIGNS, name: sign(0)}
     series = [Series(_words(m, name), [each.get(g, NOTHING) for g in groups], signs[m]) for m, each in means.items()]
@@ -181,12 +178,6 @@ def groups_section(evaluation: Evaluation) -> Section | None:
     )
     chart = dots("Accuracy per group of users", rows, series, "mean accuracy over users")
     return Section("Groups", [text], [chart, Table("Accuracy per group", ["group", *(s.name for s in series)], table)])
-
-
-def _row0_averages(users: pd.DataFrame) -> dict[str, Figure]:
-    seen = users[users["known"]]
-    parts = {"all": seen, **{str(group): part for group, part in seen.groupby("group")}}
-    return {group: mean_over_users(part["row0"].to_numpy()) for group, part in parts.items()}
 
 
 def picks_section(rankings: Sequence[Ranking], about: Mapping[str, str]) -> Section | None:

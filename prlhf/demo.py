@@ -14,19 +14,20 @@ from typing import Any
 
 from prlhf.bestofn.rerank import rerank
 from prlhf.core.artefact import versions
-from prlhf.core.candidates import Candidates, read_candidates, sample
+from prlhf.core.candidates import Candidates, read_candidates
 from prlhf.core.comparisons import Comparison, Comparisons, User
 from prlhf.core.generation import GenerateRequest, Generator, LocalGenerator, Sampling, whole_sentences
-from prlhf.core.manners import MANNERS
+from prlhf.core.manners import MANNERS, Manner, repeats
 from prlhf.core.pretrained import Backbone, find_model, load_backbone
 from prlhf.core.properties import PROPERTIES
+from prlhf.core.sample import sample
 from prlhf.core.scoring import Ranking
 from prlhf.core.sources.simulated import POOL, SimulationPlan, World, simulated_parts
 from prlhf.core.splits import SplitPlan, prompt_text, write_parts
 from prlhf.core.store import JsonlStore
 from prlhf.core.tokenize import TextLayout
 from prlhf.eval.baselines import length_rule, row0
-from prlhf.eval.metrics import accuracies, clustered_mean, paired_difference
+from prlhf.eval.metrics import accuracies, mean_over_users, paired_difference, per_user
 from prlhf.eval.preference import Evaluation, margins
 from prlhf.eval.regret import Regret, regret
 from prlhf.evaluation import directions, evaluate_model
@@ -49,7 +50,7 @@ SHOWN = (
     PROPERTIES["exclamation"].more,
     PROPERTIES["long_words"].more,
 )
-CLUSTERS = 6  # as many as there are properties; the users' tastes span so many directions
+CLUSTERS = (4, 8, 16)
 
 
 @dataclass
@@ -81,11 +82,17 @@ class Learned:
 
 
 def simulate(out: Path, seed: int) -> tuple[World, dict[str, Comparisons]]:
-    """Simulated users' comparisons by part, written to `out` as `prlhf data simulate` does."""
+    """Simulated users' comparisons by part, written to `out` as `prlhf data simulate` does.
+
+    Raises:
+        ValueError: the folder holds parts of other data.
+    """
+    if not (out / "world.json").exists() and (there := sorted(out.glob("*.parquet"))):
+        raise ValueError(f"{there[0]}: is there already and not from a demo; give another --out")
     plan = SplitPlan("prompt", validation=0.1, test=0.25, unseen_users=0.2, seed=seed)
     world, parts = simulated_parts(POOL, SimulationPlan(seed=seed), plan)
-    write_parts(parts, out)
     world.save(out / "world.json")
+    write_parts(parts, out)
     return world, {name: Comparisons(rows, f"{out / name}.parquet") for name, rows in parts.items()}
 
 
@@ -98,14 +105,18 @@ def compute_features(backbone: Backbone) -> None:
 def train(
     backbone: Backbone, parts: dict[str, Comparisons], out: Path, seed: int
 ) -> dict[str, PersonalizedRewardModel]:
-    """A reward model per user model, saved as `prlhf prm train` does; validation rows choose the pooling."""
-    options: dict[str, dict[str, Any]] = {"individualized": {}, "cluster": {"clusters": CLUSTERS, "seed": seed}}
-    models = {}
-    for name, chosen in options.items():
-        print(f"{name} users", file=sys.stderr)
-        config = HeadConfig(user_model=name, user_options=chosen, seed=seed)
-        models[name] = fit_reward_model(parts["train"], parts["validation"], backbone, TextLayout(), BEST, config)
-        models[name].save_pretrained(out / name)
+    """A reward model per user model, saved as `prlhf prm train` does; validation rows choose pooling and clusters."""
+
+    def fit(name: str, **options: Any) -> PersonalizedRewardModel:
+        print(f"{name} users {', '.join(f'{k} {v}' for k, v in options.items())}", file=sys.stderr)
+        config = HeadConfig(user_model=name, user_options=options, seed=seed)
+        return fit_reward_model(parts["train"], parts["validation"], backbone, TextLayout(), BEST, config)
+
+    clusters = [fit("cluster", clusters=c, seed=seed) for c in CLUSTERS]
+    best = min(clusters, key=lambda model: model.figures["validation_log_loss"]["personal"])
+    models = {"individualized": fit("individualized"), "cluster": best}
+    for name, model in models.items():
+        model.save_pretrained(out / name)
     return models
 
 
@@ -149,7 +160,7 @@ def _main(weights: Any) -> str:
 
 
 def add_new_users(learned: Learned) -> dict[str, Any]:
-    """Users who were not in training, before and after they gave ten comparisons.
+    """Users who were not in training, before and after they gave ten comparisons; intervals are over these users.
 
     The saved run does not change. Their test rows are on prompts that nobody was trained on.
     """
@@ -158,33 +169,50 @@ def add_new_users(learned: Learned) -> dict[str, Any]:
     given: dict[str, list[Comparison]] = {}
     for row in learned.parts["onboarding"]:
         given.setdefault(str(row.user.id), []).append(row)
-    new = [user for user, rows in given.items() if len(rows) >= NEW_USER_COMPARISONS]
+    rows = [row for row in learned.parts["test"] if row.user.id in given]
+    new = sorted({str(row.user.id) for row in rows if len(given[str(row.user.id)]) >= NEW_USER_COMPARISONS})
     for user in new:
         model.add_user(user, given[user][:NEW_USER_COMPARISONS])
-    rows = [row for row in learned.parts["test"] if row.user.id in new]
-    users = [row.user for row in rows]
-    before, after = (accuracies(margins(scorer, rows, users)) for scorer in (row0(model.score), model.score))
     arms = {"row0": row0(model.score), "added": model.score}
-    found = regret(learned.world.scorer(), arms, [learned.world.users[user].user for user in new], test_pool(learned))
-    prompts = [prompt_text(row.prompt) for row in rows]
+    rows = [row for row in rows if row.user.id in new]
+    users = [row.user for row in rows]
+    right = per_user(
+        [user.id for user in users], {name: accuracies(margins(scorer, rows, users)) for name, scorer in arms.items()}
+    )
+    lost = regret(learned.world.scorer(), arms, [learned.world.users[user].user for user in new], test_pool(learned))
     return {
         "users": len(new),
         "comparisons": NEW_USER_COMPARISONS,
-        "accuracy": {"row0": clustered_mean(before, prompts), "added": clustered_mean(after, prompts)},
-        "difference": paired_difference(after, before, prompts),
-        "regret": found.figures,
-        "users_who_lose_less": int((found.users["added"] < found.users["row0"]).sum()),
+        "interval": "95 %, Student's t over users",
+        "accuracy": {name: mean_over_users(right[name].to_numpy()) for name in arms},
+        "difference": mean_over_users((right["added"] - right["row0"]).to_numpy(), (-1.0, 1.0)),
+        "regret": {name: mean_over_users(lost.users[name].to_numpy(), (0.0, None)) for name in ("random", *arms)},
+        "regret_difference": mean_over_users((lost.users["added"] - lost.users["row0"]).to_numpy(), (None, None)),
+        "users_who_lose_less": int((lost.users["added"] < lost.users["row0"]).sum()),
     }
 
 
-def sample_new(generator: Generator, store: JsonlStore, model: str) -> list[Candidates]:
-    """Responses to new prompts, several in each manner; those in the store are not drawn again."""
+def new_requests() -> list[tuple[str, Manner, GenerateRequest]]:
+    """What is asked of the model: each new prompt in each manner."""
     asked = [(prompt, slot, manner) for prompt in PROMPTS for slot, manner in enumerate(MANNERS)]
-    requests = [GenerateRequest(m.ask(p), SAMPLES, sampling=SAMPLING, seed=slot) for p, slot, m in asked]
-    texts: dict[str, dict[str, None]] = {prompt: {} for prompt in PROMPTS}
-    for (prompt, *_), found in zip(asked, sample(generator, requests, store, model, show=True), strict=True):
-        texts[prompt] |= dict.fromkeys(filter(None, map(whole_sentences, found)))
-    return [Candidates(prompt, tuple(found)) for prompt, found in texts.items()]
+    return [(p, m, GenerateRequest(m.ask(p), SAMPLES, sampling=SAMPLING, seed=slot)) for p, slot, m in asked]
+
+
+def sample_new(generator: Generator, store: JsonlStore, model: str) -> list[Candidates]:
+    """Responses to new prompts, several in each manner; those in the store are not drawn again.
+
+    Texts without a whole sentence and those that only repeat are left out, and counted on the terminal; so are prompts
+    with fewer than two texts to pick from.
+    """
+    asked = new_requests()
+    drawn = sample(generator, [request for *_, request in asked], store, model, show=True)
+    texts: dict[str, list[str]] = {prompt: [] for prompt in PROMPTS}
+    for (prompt, manner, _), found in zip(asked, drawn, strict=True):
+        texts[prompt] += [text for text in map(whole_sentences, found) if text and not repeats(text, manner)]
+    kept = [Candidates(prompt, tuple(dict.fromkeys(found))) for prompt, found in texts.items()]
+    left = sum(map(len, drawn)) - sum(len(c.responses) for c in kept)
+    print(f"{left} responses left out: no whole sentence, or nothing new in them", file=sys.stderr)
+    return [c for c in kept if len(c.responses) > 1]
 
 
 def shown_users(learned: Learned) -> list[User]:
@@ -222,6 +250,7 @@ class Outcome:
             "ceiling": accuracy["ceiling"]["top"],
             "length_rule": accuracy["length_rule"]["top"],
             "regret": self.regret.figures,
+            "regret_interval": f"95 %, bootstrap over {self.regret.unit}s",
             "beyond_length": beyond_length(self.learned, self.evaluation),
             "new_users": self.new_users,
             "model": self.learned.personal.settings["model"]["label"],
@@ -231,12 +260,19 @@ class Outcome:
 
 
 def run(out: Path, model: str, seed: int) -> Outcome:
-    """Runs the demo into a folder, telling of each step as it goes; what was computed before is not computed again."""
+    """Runs the demo into a folder, telling of each step as it goes.
+
+    Hidden states and sampled responses are kept, so an interrupted demo goes on where it was and another one is quick.
+
+    Raises:
+        ValueError: the model can't be used; found out before the work begins.
+    """
     clock = Clock(steps=7)
     with clock.step("model", "fetching it where it is not there yet, and loading it"):
         source = find_model(model)
         print(source.origin, file=sys.stderr)
-        backbone = load_backbone(source)
+        backbone, generator = load_backbone(source), LocalGenerator.from_source(source)
+        generator.check([request for *_, request in new_requests()])
     with clock.step("users", "simulated users choose between responses of the pool"):
         world, parts = simulate(out / "data", seed)
         for part in parts.values():
@@ -252,7 +288,7 @@ def run(out: Path, model: str, seed: int) -> Outcome:
         new_users = add_new_users(learned)
     with clock.step("candidates", f"the model writes {SAMPLES * len(MANNERS)} responses to {len(PROMPTS)} new prompts"):
         store = JsonlStore(out / "candidates.jsonl")
-        candidates = sample_new(LocalGenerator.from_source(source), store, backbone.fingerprint)
+        candidates = sample_new(generator, store, backbone.fingerprint)
         rankings = pick(learned, candidates)
     return Outcome(learned, evaluation, lost, new_users, rankings, clock.seconds)
 

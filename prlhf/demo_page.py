@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from prlhf.core.scoring import Ranking
-from prlhf.demo import NEW_USER_COMPARISONS, Outcome
-from prlhf.eval.charts import NUMBER, shown
+from prlhf.demo import NEW_USER_COMPARISONS, Outcome, beyond_length
+from prlhf.eval.charts import NUMBER, POINTS, shown
 from prlhf.eval.preference import WORDS
 from prlhf.eval.report import Section, write_report
 from prlhf.eval.sections import audit_section, bars_section, made_section, picks_section
 
-from .pages import audit, audit_of_training, evaluation_sections, facts_of
+from .pages import audit, audit_of_training, evaluation_sections, facts_of, prompts_in_common
 
 SPREADS = "spreads of true utility"
 ARMS = {"random": "a blind pick", "personal": "individualized", "oracle": "the best response"}
@@ -24,14 +24,21 @@ def demo_page(path: Path, command: str, found: Outcome) -> None:
         picks_section(found.rankings, {r.user.id or "": _about(found, r) for r in found.rankings}),
         accuracy,
         _regret(found),
+        _beyond_length(found),
         users,
         groups,
         _new_users(found),
         drawn,
-        audit_section([*audit_of_training(model), *audit(learned.parts, model)]),
+        audit_section(_audit(found)),
         made_section(command, {**_world(found), **facts_of(model)}, found.seconds),
     ]
     write_report(path, "What personalization is worth: simulated users", lead(found), sections)
+
+
+def _audit(found: Outcome) -> list[tuple[str, str, str]]:
+    parts, model = found.learned.parts, found.learned.personal
+    held = {name: parts[name] for name in ("test", "onboarding")}
+    return [*audit_of_training(model), *audit(held, model), prompts_in_common(parts["train"], parts["test"])]
 
 
 def lead(found: Outcome) -> list[str]:
@@ -40,9 +47,11 @@ def lead(found: Outcome) -> list[str]:
     lost, new = {name: f["value"] for name, f in found.regret.figures.items()}, found.new_users
     own = accuracy["individualized"]
     share = (lost["row0"] - lost["personal"]) / lost["row0"]
+    seen = found.evaluation.figures["users"]["seen"]
     return [
         f"{len(world.users)} simulated users, each with a taste of their own, chose {world.plan.comparisons} times "
-        "between two responses of a small language model. The reward model was told who chose what, never why.",
+        f"between two responses of a small language model. A reward model learned from the choices of {seen} of them; "
+        "it was told who chose what, never why.",
         f"On prompts that it never saw it predicts {shown(own['top'])} of their choices; one model for everybody "
         f"{shown(accuracy['uniform']['top'])}, the best length rule for each user "
         f"{shown(accuracy['length_rule']['top'])}. Choices are noisy: their true taste itself predicts "
@@ -60,12 +69,22 @@ def lead(found: Outcome) -> list[str]:
 def _regret(found: Outcome) -> Section | None:
     text = [
         "For every test prompt and user, one of the pool's eight responses is picked: by the model that knows the "
-        "user, by the same model without the user (row 0), and by what needs no model. Regret is the true utility of "
-        "the best response less that of the pick, in units of the user's spread within a prompt; 0 is the best there "
-        "is.",
+        "user, by the same model without the user (row 0), by the uniform and the cluster model, and by what "
+        "needs no model. Regret is the true utility of the best response less that of the pick, in units "
+        "of the user's spread within a prompt; 0 is the best there is. Users seen in training. Interval: 95 %, "
+        f"bootstrap over {found.regret.unit}s.",
     ]
     bars = {ARMS.get(arm, WORDS.get(arm, arm)): figure for arm, figure in found.regret.figures.items()}
     return bars_section("What users lose by the pick", text, bars, f"regret, {SPREADS}", NUMBER)
+
+
+def _beyond_length(found: Outcome) -> Section | None:
+    text = [
+        "Accuracy of the individualized model minus that of others, on comparisons of seen users whose main taste is "
+        "not length: what it knows of them is more than whether they like long responses.",
+    ]
+    bars = {WORDS[model]: figure for model, figure in beyond_length(found.learned, found.evaluation).items()}
+    return bars_section("More than length", text, bars, "difference in points", POINTS)
 
 
 def _new_users(found: Outcome) -> Section | None:
@@ -73,7 +92,8 @@ def _new_users(found: Outcome) -> Section | None:
     text = [
         f"{new['users']} users were kept out of training. Each then gives {NEW_USER_COMPARISONS} comparisons, on "
         "training prompts, and gets a vector by a convex fit that leaves everything else as it is; they are judged on "
-        f"test prompts. {new['users_who_lose_less']} of them lose less by their picks than before.",
+        f"test prompts. {new['users_who_lose_less']} of them lose less by their picks than before. Interval: "
+        f"{new['interval']}.",
     ]
     bars = {"before: row 0": new["regret"]["row0"], "after": new["regret"]["added"]}
     return bars_section("Users who come later", text, bars, f"regret, {SPREADS}", NUMBER)

@@ -1,20 +1,23 @@
 """The pages that verbs write: which sections they have, and the audit that stands in each."""
 
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from prlhf.core.comparisons import Comparison, Comparisons
-from prlhf.core.figures import wilson
-from prlhf.core.splits import group_key
-from prlhf.eval.charts import shown
+from prlhf.core.comparisons import Comparisons
+from prlhf.core.figures import Figure
+from prlhf.core.splits import group_key, prompt_text
+from prlhf.eval.charts import POINTS, shown
+from prlhf.eval.metrics import clustered_mean, resampling_units
 from prlhf.eval.preference import Evaluation
 from prlhf.eval.report import Section, write_report
 from prlhf.eval.sections import (
     accuracy_section,
     audit_section,
+    bars_section,
     groups_section,
     made_section,
     map_section,
@@ -29,24 +32,45 @@ PERSONAL_DATA = (
 
 
 def evaluation_page(
-    path: Path, run: Path, model: PersonalizedRewardModel, rows: Comparisons, found: Evaluation, seconds: float
+    path: Path,
+    command: str,
+    seconds: float,
+    model: PersonalizedRewardModel,
+    rows: Comparisons,
+    found: Evaluation,
+    against: Mapping[str, Any] | None = None,
 ) -> None:
-    """The page of `prlhf eval preference`."""
-    command = shlex.join(["prlhf", "eval", "preference", str(run), "--data", rows.source])
-    accuracy = found.figures["accuracy"]
-    name = next(iter(accuracy))
-    lead = [
-        f"Of the choices of users seen in training, this model predicts {shown(accuracy[name]['top'])}; without "
-        f"knowing the user it predicts {shown(accuracy[name]['top_row0'])}, and one model for everybody "
-        f"{shown(accuracy['uniform']['top'])}.",
-        f"Comparisons: {rows.source}. Run: {run}.",
-    ]
+    """The page of `prlhf eval preference`; `against` holds another run and the difference to it."""
+    bars = {f"this run minus {against['run']}": against["difference"]} if against else {}
+    accuracy, *others = evaluation_sections(found, model)
+    text = ["Paired difference in accuracy on the same comparisons of users that this run has seen."]
     sections = [
-        *evaluation_sections(found, model),
+        accuracy,
+        bars_section("Against another run", text, bars, "difference in points", POINTS) if bars else None,
+        *others,
         audit_section([*audit_of_training(model), *audit({"evaluated": rows}, model)]),
         made_section(command, facts_of(model), {"evaluation": seconds}),
     ]
-    write_report(path, "What personalization is worth", lead, sections)
+    write_report(path, "What personalization is worth", _lead(rows.source, found), sections)
+
+
+def _lead(source: str, found: Evaluation) -> list[str]:
+    """What came out, as far as there were such users and such models."""
+    accuracy = found.figures["accuracy"]
+    name = next(iter(accuracy))
+    own = accuracy[name]
+    lead = [f"Evaluated on {len(found.correct[name]):,} comparisons of {source}."]
+    if own["top"]["value"] is not None and name == "uniform":
+        lead.append(f"One model for everybody, it predicts {shown(own['top'])} of the choices.")
+    elif own["top"]["value"] is not None:
+        lead.append(
+            f"Of the choices of users seen in training, this model predicts {shown(own['top'])}; without knowing the "
+            f"user it predicts {shown(own['top_row0'])}, and one model for everybody "
+            f"{shown(accuracy['uniform']['top'])}."
+        )
+    if own["generic"]["value"] is not None:
+        lead.append(f"Of the choices of users it has never seen, ranked by row 0, it predicts {shown(own['generic'])}.")
+    return lead
 
 
 def evaluation_sections(
@@ -73,42 +97,45 @@ def facts_of(model: PersonalizedRewardModel) -> dict[str, str]:
 
 
 Line = tuple[str, str, str]
+LONGER = "over all users; what length explains of each one is the length rule's accuracy"
 
 
 def audit_of_training(model: PersonalizedRewardModel) -> list[Line]:
-    """What the run says of the rows that it was trained on."""
-    return [
-        (f"{part}: rows left out", _left_out(counts), "rows that could not be used, or whose two responses are equal")
-        for part, counts in model.figures["left_out"].items()
-    ] + [
-        (f"{part}: rows over {model.layout.max_length} tokens", f"{n:,}", f"policy: {model.layout.over_long}")
-        for part, n in model.figures["over_long"].items()
-    ]
-
-
-def audit(parts: Mapping[str, Comparisons], model: PersonalizedRewardModel) -> list[Line]:
-    """Rows of each part, every row that was left out, and what they have in common with the part before."""
+    """What the run says of the rows that it was trained on, and that chose for it."""
     lines: list[Line] = []
-    for name, rows in parts.items():
-        users = {row.user.id for row in rows}
-        known = sum(model.knows(user) for user in {row.user for row in rows})
-        lines.append((f"{name}: comparisons", f"{len(rows):,}", f"{len(users):,} users, {known:,} of them known"))
-        lines.append((f"{name}: rows left out", _left_out(rows.dropped_counts), "unusable rows, and equal responses"))
-        over = sum(model.over_long_by_user(list(rows)).values())
-        lines.append((f"{name}: rows over {model.layout.max_length} tokens", f"{over:,}", "truncated where scored"))
-        lines.append((f"{name}: the longer response was chosen", _longer(rows), "near 50 %: length explains little"))
-    if {"train", "test"} <= set(parts):
-        shared = _keys(parts["train"]) & _keys(parts["test"])
-        lines.append(("prompts in both train and test", f"{len(shared):,}", "must be 0: tests are on new prompts"))
+    for part in ("train", "validation"):
+        left, over = model.figures["left_out"][part], model.figures["over_long"][part]
+        lines.append((f"{part}: comparisons", f"{model.figures['rows'][part]:,}", "what the run was made with"))
+        lines.append((f"{part}: rows left out", _left_out(left), "unusable rows, and rows with two equal responses"))
+        what = f"{part}: rows over {model.layout.max_length} tokens"
+        lines.append((what, f"{over:,}", f"policy: {model.layout.over_long}"))
     return lines
 
 
-def _keys(rows: Sequence[Comparison]) -> set[str]:
-    return {group_key(row, "prompt") for row in rows}
+def audit(parts: Mapping[str, Comparisons], model: PersonalizedRewardModel) -> list[Line]:
+    """Users of each part, every row that was left out of it, and how far length alone explains the choices."""
+    lines: list[Line] = []
+    for name, rows in parts.items():
+        users = {row.user for row in rows}
+        known = sum(model.knows(user) for user in users)
+        lines.append((f"{name}: comparisons", f"{len(rows):,}", f"{len(users):,} users, {known:,} of them known"))
+        lines.append((f"{name}: rows left out", _left_out(rows.dropped_counts), "rows that could not be used"))
+        over = sum(model.over_long_by_user(list(rows)).values())
+        lines.append((f"{name}: rows over {model.layout.max_length} tokens", f"{over:,}", "truncated where scored"))
+        lines.append((f"{name}: the longer response was chosen", shown(_longer(rows)), LONGER))
+    return lines
 
 
-def _longer(rows: Sequence[Comparison]) -> str:
-    return shown(wilson(sum(len(row.chosen) > len(row.rejected) for row in rows), len(rows)))
+def prompts_in_common(first: Comparisons, second: Comparisons) -> Line:
+    """Whether a prompt stands on both sides of a split."""
+    shared = {group_key(row, "prompt") for row in first} & {group_key(row, "prompt") for row in second}
+    return ("prompts in both train and test", f"{len(shared):,}", "must be 0: tests are on new prompts")
+
+
+def _longer(rows: Comparisons) -> Figure:
+    values = np.asarray([len(row.chosen) > len(row.rejected) for row in rows], dtype=np.float64)
+    _, drawn = resampling_units([row.user.id for row in rows], [prompt_text(row.prompt) for row in rows])
+    return clustered_mean(values, drawn)
 
 
 def _left_out(counts: Mapping[str, int]) -> str:

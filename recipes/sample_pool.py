@@ -9,15 +9,14 @@ with another seed. What was drawn is kept in `--drawn`, so an interrupted run go
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 from prlhf.core.artefact import whole_file
-from prlhf.core.candidates import sample
 from prlhf.core.generation import GenerateRequest, LocalGenerator, Sampling, whole_sentences
-from prlhf.core.manners import MANNERS, Manner
+from prlhf.core.manners import MANNERS, Manner, repeats
 from prlhf.core.pretrained import EXAMPLE_MODEL, cache_dir, find_model
+from prlhf.core.sample import sample
 from prlhf.core.store import JsonlStore
 
 PROMPTS = Path(__file__).with_name("everyday_prompts.txt")
@@ -40,16 +39,6 @@ def fits(text: str, manner: Manner, generator: LocalGenerator) -> bool:
     if not text or manner.mark not in text or repeats(text, manner):
         return False
     return SHORTEST <= len(generator.tokenizer.response_ids([text])[0]) <= LONGEST
-
-
-def repeats(text: str, manner: Manner) -> bool:
-    """Whether the text says something twice or repeats an example, which small models fall into."""
-    own, examples = sentences(text), sentences("\n".join(manner.examples))
-    return len(set(own)) < len(own) or not set(own).isdisjoint(examples)
-
-
-def sentences(text: str) -> list[str]:
-    return [part.strip().casefold() for part in re.split(r"[.!?\n]+", text) if part.strip()]
 
 
 def fill(generator: LocalGenerator, store: JsonlStore, prompts: list[str], model: str) -> list[list[str]]:

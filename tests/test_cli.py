@@ -47,7 +47,7 @@ def test_eval_preference_prints_one_object(work: Path) -> None:
     own = figures["accuracy"]["individualized"]
     assert own["top"]["value"] == 1.0
     assert set(own["top"]) == {"value", "low", "high", "n"}
-    assert set(own) == {"top", "top_row0", "generic", "average"}
+    assert set(own) == {"top", "top_row0", "generic", "average", "average_row0"}
     assert figures["accuracy"]["uniform"]["top"]["value"] <= 0.8
     assert figures["users"] == {"seen": 4, "unseen": 1}
     assert own["generic"]["n"] == figures["rows"] / 5

@@ -1,6 +1,7 @@
 """Sampling: what a text depends on and what it does not, against transformers where it knows the answer."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from prlhf.core.generation import (
     whole_sentences,
 )
 from prlhf.core.pretrained import find_model, load_causal_model
+from prlhf.core.sample import sample
+from prlhf.core.store import JsonlStore
 from prlhf.core.tokenize import RowTokenizer, TextLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,7 +206,7 @@ def test_every_response_has_random_numbers_of_its_own(generator: LocalGenerator)
     """Where all tokens are as likely, nothing but the numbers makes a difference."""
     generator.end_ids = frozenset()
     requests = [
-        GenerateRequest(prompt, 3, User(user), Sampling(8, temperature=1e9), seed)
+        GenerateRequest(prompt, 3, 0, User(user), Sampling(8, temperature=1e9), seed)
         for prompt in (*PROMPTS, [{"role": "user", "content": "Hm."}])
         for user in (None, "ann")
         for seed in (0, 1)
@@ -422,8 +425,33 @@ def test_no_sequences_are_refused(model: LlamaForCausalLM, spelled: RowTokenizer
 
 
 def test_no_responses_are_refused() -> None:
-    with pytest.raises(ValueError, match="n must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="n must be at least 1 and first at least 0, found 0 and 0"):
         GenerateRequest("a", 0)
+
+
+def test_a_text_depends_on_its_index_and_not_on_where_the_request_begins(generator: LocalGenerator) -> None:
+    whole = {c.index: c.text for c in generator.generate(requests_of(n=5, prompts=PROMPTS[:1]))}
+    (later,) = requests_of(n=2, prompts=PROMPTS[:1])
+    assert {c.index: c.text for c in generator.generate([replace(later, first=3)])} == {i: whole[i] for i in (3, 4)}
+
+
+def test_sample_draws_only_what_is_missing_and_nothing_twice(generator: LocalGenerator, tmp_path: Path) -> None:
+    (request,) = requests_of(n=6, prompts=PROMPTS[:1])
+    store = JsonlStore(tmp_path / "drawn.jsonl")
+    (first,) = sample(generator, [replace(request, n=4)], store, "m")
+    asked: list[GenerateRequest] = []
+
+    class Counting:
+        def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[Candidate]:
+            asked.extend(requests)
+            return generator.generate(requests)
+
+    both = sample(Counting(), [request, request], store, "m")
+    assert [single.indices for single in asked] == [range(4, 5), range(5, 6)]
+    assert both == [[c.text for c in sorted(generator.generate([request]), key=lambda c: c.index)]] * 2
+    assert both[0][:4] == first
+    sample(Counting(), [request], store, "another model")
+    assert len(asked) == 2 + 6
 
 
 def test_more_than_the_model_can_hold_is_refused_before_anything_is_run(

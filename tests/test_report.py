@@ -304,8 +304,8 @@ def test_most_is_marked_where_one_response_has_it_alone() -> None:
     texts = ["One two!", "Three four!", "Five six seven."]
     rankings = [ranked(u, "p", texts, [float(i == j) for j in range(3)]) for i, u in enumerate("abc")]
     picks = part(sections.picks_section(rankings, {}), Picks)
-    assert [dict(pick.chips).get("1 exclamation") for pick in picks.picks] == ["", "", None]
-    assert dict(picks.picks[2].chips)["0 exclamations"] == "least"
+    assert [dict(pick.chips).get("100 % end in !") for pick in picks.picks] == ["", "", None]
+    assert dict(picks.picks[2].chips)["0 % end in !"] == "least"
 
 
 def test_map_has_row_0_in_the_middle_and_says_how_much_it_shows() -> None:

@@ -319,10 +319,13 @@ def test_no_trainer_reads_the_true_utilities(parts: dict[str, list[Comparison]],
     assert data_hash(parts["train"]) == data_hash(bare["train"]) == data_hash(wrong["train"])
 
 
+FOREIGN = {"utility_chosen": "high", "utility_rejected": "low"}
+
+
 def test_true_margins_need_both_columns_in_every_row(made: tuple[World, list[Comparison]]) -> None:
     rows = [replace(made[1][0], extra=dict(zip(UTILITY_COLUMNS, pair, strict=True))) for pair in ((3, 1), ("2", "2.5"))]
     assert true_margins(rows).tolist() == [2, -0.5]  # type: ignore[union-attr]
-    for extra in ({}, {"utility_chosen": 1.0}, {"utility_chosen": 1.0, "utility_rejected": None}):
+    for extra in ({}, {"utility_chosen": 1.0}, {"utility_chosen": 1.0, "utility_rejected": None}, FOREIGN):
         assert true_margins([*rows, replace(rows[0], extra=extra)]) is None
 
 

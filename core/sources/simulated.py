@@ -19,7 +19,7 @@ import numpy as np
 
 from ..artefact import whole_file
 from ..candidates import Candidates, read_candidates
-from ..comparisons import Comparison, Comparisons, DataError, Prompt, User, is_missing
+from ..comparisons import Comparison, Comparisons, DataError, Prompt, User
 from ..properties import PROPERTIES
 from ..scoring import Scorer, each
 from ..splits import SplitPlan, prompt_text, split
@@ -267,7 +267,14 @@ def _choices(
 
 
 def true_margins(rows: Sequence[Comparison] | Comparisons) -> np.ndarray | None:
-    """True utility of chosen minus rejected, (B,); None unless every row holds both."""
-    if any(is_missing(row.extra.get(column)) for row in rows for column in UTILITY_COLUMNS):
-        return None
-    return np.asarray([float(row.extra[UTILITY_COLUMNS[0]]) - float(row.extra[UTILITY_COLUMNS[1]]) for row in rows])
+    """True utility of chosen minus rejected, (B,); None unless every row holds both as numbers."""
+    pairs = np.asarray([[_number(row.extra.get(column)) for column in UTILITY_COLUMNS] for row in rows])
+    return pairs[:, 0] - pairs[:, 1] if len(pairs) and np.isfinite(pairs).all() else None
+
+
+def _number(value: Any) -> float:
+    """A number, also as the text that CSV makes of it; NaN for what is none, since the column is somebody else's."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

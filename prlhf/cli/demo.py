@@ -1,18 +1,18 @@
 """`prlhf demo`: from nothing to a page that shows what personalization is worth."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import Json
-from .output import percent, print_json, table, tell, write_json
+from .output import percent, print_json, table, tell, typed, write_json
 
 if TYPE_CHECKING:
     from prlhf.demo import Outcome
 
 EXAMPLE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RESULTS = ("results.json", "report.html")
 
 
 def demo(
@@ -26,11 +26,15 @@ def demo(
     from prlhf.demo import run
     from prlhf.demo_page import demo_page
 
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder")
     with writing(out):
+        for name in RESULTS:  # of an earlier demo; they must not stand beside the data of this one
+            (out / name).unlink(missing_ok=True)
         found = run(out, model, seed)
         results = found.results()
         write_json(results, out / "results.json")
-        demo_page(out / "report.html", shlex.join(["prlhf", "demo", "--out", str(out), "--seed", str(seed)]), found)
+        demo_page(out / "report.html", typed(), found)
     if json:
         print_json(results)
     else:
@@ -46,10 +50,12 @@ def _show(found: "Outcome", results: dict[str, Any], out: Path) -> None:
         ("one model for everybody", percent(accuracy["uniform"]["top"])),
         ("best fixed length rule per user", percent(results["length_rule"])),
         ("ceiling: the users' true utility", percent(results["ceiling"])),
+        ("personalized minus length rule, taste not length", percent(results["beyond_length"]["length_rule"], True)),
     ]
-    table("Choices predicted on prompts that nobody was trained on", ["", "accuracy"], lines)
+    users = f"{results['users']['seen']} users seen in training"
+    table(f"Choices predicted on new prompts, {users}", ["", "accuracy"], lines)
     picks = [(name, _spreads(results["regret"][name])) for name in ("random", "row0", "personal", "oracle")]
-    title = "Utility lost by the pick among 8 responses, in the user's own spread"
+    title = f"True utility lost by the pick among 8 responses, in spreads, {users}"
     table(title, ["picked by", "regret"], picks)
     tell(f"{results['seconds']['total']:.0f} seconds; everything measured is in {out / 'results.json'}")
     typer.echo(f"report: {out / 'report.html'}")

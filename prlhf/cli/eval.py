@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Columns, Json, MaxBadRows, MissingUser, ModelPlace, load
-from .output import check_table_path, percent, print_json, table, tell, write_json, write_table
+from .output import check_table_path, percent, print_json, table, tell, typed, write_json, write_table
 
 if TYPE_CHECKING:
     from prlhf.core.comparisons import Comparisons
@@ -57,7 +57,7 @@ def preference(
     if report:
         from prlhf.pages import evaluation_page
 
-        evaluation_page(report, run, evaluated, rows, result, time.perf_counter() - begun)
+        evaluation_page(report, typed(), time.perf_counter() - begun, evaluated, rows, result, figures.get("against"))
         tell(f"report: {report}")
     if json:
         print_json(figures)

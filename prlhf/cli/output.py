@@ -1,6 +1,7 @@
 """What the verbs print: JSON objects, tables, and text of rows that can't take over the terminal."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,6 +46,11 @@ def check_table_path(flag: str, path: Path) -> None:
     """Refuses a path that `write_table` could not write, before the work that fills it."""
     if path.suffix not in (".parquet", ".jsonl"):
         raise ValueError(f"{flag} {path}: must end in .parquet or .jsonl")
+
+
+def typed() -> str:
+    """The command as it was typed."""
+    return shlex.join(["prlhf", *sys.argv[1:]])
 
 
 def tell(message: str) -> None:

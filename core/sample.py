@@ -1,0 +1,42 @@
+"""Responses that are drawn once and kept: sampling that goes on where it was interrupted."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from tqdm import tqdm
+
+from .generation import GenerateRequest, Generator
+from .store import JsonlStore
+
+
+def sample(
+    generator: Generator, requests: Sequence[GenerateRequest], store: JsonlStore, model: str, show: bool = False
+) -> list[list[str]]:
+    """The n texts of each request; those in the store are not drawn again, and each is kept as soon as it is drawn.
+
+    Args:
+        model: tells models apart in the store, for instance a fingerprint.
+        show: whether a bar shows the progress.
+    """
+    singles = [[replace(request, n=1, first=i) for i in request.indices] for request in requests]
+    keys = [[_key(model, single) for single in mine] for mine in singles]
+    missing = {
+        key: single
+        for mine, its in zip(singles, keys, strict=True)
+        for single, key in zip(mine, its, strict=True)
+        if key not in store
+    }
+    hidden = not (show and missing)
+    drawn = generator.generate(list(missing.values()))
+    for candidate in tqdm(drawn, total=len(missing), unit="text", desc="responses", disable=hidden):
+        request = candidate.request
+        made = {"prompt": request.prompt, "user_id": request.user.id, "seed": request.seed, "index": candidate.index}
+        facts = {"sampling": asdict(request.sampling), "tokens": candidate.tokens, "ended": candidate.ended}
+        store.append({"key": _key(model, request), **made, **facts, "text": candidate.text})
+    return [[store[key]["text"] for key in its] for its in keys]
+
+
+def _key(model: str, single: GenerateRequest) -> str:
+    """The same model, request and index give the same key."""
+    return hashlib.blake2b(repr((model, single)).encode(), digest_size=16).hexdigest()
