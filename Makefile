@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: test demo lint typecheck clean
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 demo: $(READY)
 	$(BIN)/prlhf demo --out runs/demo

@@ -43,6 +43,9 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Read when torch is loaded. Threads that spin while they wait for each other gain nothing on idle cores, and where
+    # something else keeps a core busy they make sampling many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except SystemExit as stopped:  # typer turns an interrupt into this
