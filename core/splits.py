@@ -130,8 +130,21 @@ def _unseen_users(rows: Comparisons, plan: SplitPlan) -> set[str]:
     return set(users[: round(plan.unseen_users * len(users))])
 
 
-def write_parts(parts: Mapping[str, Sequence[Comparison]], out: Path) -> dict[str, dict[str, Any]]:
-    """Writes each part that has rows, removes what an earlier split left of the others, and gives their sizes."""
+def write_parts(parts: Mapping[str, Sequence[Comparison]], out: Path, mark: str) -> dict[str, dict[str, Any]]:
+    """Writes each part that has rows, removes what an earlier split left of the others, and gives their sizes.
+
+    Args:
+        mark: the file by which a folder of such parts is known; who calls this writes it too.
+
+    Raises:
+        DataError: the folder holds a part and no mark, so the part is somebody else's; nothing is written.
+    """
+    foreign = [name for name in parts if (out / f"{name}.parquet").exists() and not (out / mark).exists()]
+    if foreign:
+        raise DataError(
+            f"{out / foreign[0]}.parquet: is there already and not from this command ({mark} is missing); "
+            "give another --out"
+        )
     sizes = {}
     for name, part in parts.items():
         if not part:

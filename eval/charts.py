@@ -12,7 +12,7 @@ from ..core.figures import Figure
 from .report import Chart, visible
 
 _LABEL = 26  # characters; the table beneath a chart has the whole text
-NAMED = 40  # points of a map that can have their names beside them
+NAMED = 24  # points of a map that can have their names beside them
 _HOVER = {"hovertemplate": "%{customdata}<extra></extra>"}
 
 

@@ -37,7 +37,7 @@ def accuracy_section(evaluation: Evaluation) -> Section:
     text = [
         "Share of the comparisons in which the response that the person chose scores higher than the one they "
         "rejected; a tie counts half, so a coin is right half the time.",
-        f"{figures['rows']:,} comparisons that chose nothing in training, of {users['seen']:,} users seen in training "
+        f"{figures['rows']:,} comparisons, of {users['seen']:,} users seen in training "
         f"and {users['unseen']:,} not. Interval: {figures['interval']}.",
     ]
     lines = _accuracies(accuracy)

@@ -82,17 +82,11 @@ class Learned:
 
 
 def simulate(out: Path, seed: int) -> tuple[World, dict[str, Comparisons]]:
-    """Simulated users' comparisons by part, written to `out` as `prlhf data simulate` does.
-
-    Raises:
-        ValueError: the folder holds parts of other data.
-    """
-    if not (out / "world.json").exists() and (there := sorted(out.glob("*.parquet"))):
-        raise ValueError(f"{there[0]}: is there already and not from a demo; give another --out")
+    """Simulated users' comparisons by part, written to `out` as `prlhf data simulate` does."""
     plan = SplitPlan("prompt", validation=0.1, test=0.25, unseen_users=0.2, seed=seed)
     world, parts = simulated_parts(POOL, SimulationPlan(seed=seed), plan)
+    write_parts(parts, out, "world.json")
     world.save(out / "world.json")
-    write_parts(parts, out)
     return world, {name: Comparisons(rows, f"{out / name}.parquet") for name, rows in parts.items()}
 
 

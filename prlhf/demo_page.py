@@ -56,13 +56,15 @@ def lead(found: Outcome) -> list[str]:
         f"{shown(accuracy['uniform']['top'])}, the best length rule for each user "
         f"{shown(accuracy['length_rule']['top'])}. Choices are noisy: their true taste itself predicts "
         f"{shown(accuracy['ceiling']['top'])}.",
-        f"Picking one of eight responses for each of them, it loses {lost['personal']:.2f} {SPREADS} against the best "
-        f"one; the same model without the user loses {lost['row0']:.2f}, a blind pick {lost['random']:.2f}. "
-        f"Knowing the user closes {100 * share:.0f} % of the gap.",
+        f"Picking one of eight responses for each of them, it loses {lost['personal']:.2f} {SPREADS} (a spread is the "
+        "standard deviation over a prompt's responses) against the best one; the same model without the user loses "
+        f"{lost['row0']:.2f}, a blind pick {lost['random']:.2f}. Knowing the user closes {100 * share:.0f} % of the "
+        "gap.",
         f"{new['users']} users who were not in training are ranked by row 0, the unknown user: "
-        f"{shown(new['accuracy']['row0'])} of their choices. After {new['comparisons']} comparisons of their own it is "
-        f"{shown(new['accuracy']['added'])}, and their picks lose {new['regret']['added']['value']:.2f} in place of "
-        f"{new['regret']['row0']['value']:.2f} {SPREADS}.",
+        f"{shown(new['accuracy']['row0'])} of their choices, on average over them. After "
+        f"{new['comparisons']} comparisons of their own it is {shown(new['accuracy']['added'])}, and "
+        f"their picks lose {new['regret']['added']['value']:.2f} in place of {new['regret']['row0']['value']:.2f} "
+        f"{SPREADS}.",
     ]
 
 

@@ -65,8 +65,8 @@ def _lead(source: str, found: Evaluation) -> list[str]:
     elif own["top"]["value"] is not None:
         lead.append(
             f"Of the choices of users seen in training, this model predicts {shown(own['top'])}; without knowing the "
-            f"user it predicts {shown(own['top_row0'])}, and one model for everybody "
-            f"{shown(accuracy['uniform']['top'])}."
+            f"user it predicts {shown(own['top_row0'])}, one model for everybody {shown(accuracy['uniform']['top'])}, "
+            f"and the best length rule of each user {shown(accuracy['length_rule']['top'])}."
         )
     if own["generic"]["value"] is not None:
         lead.append(f"Of the choices of users it has never seen, ranked by row 0, it predicts {shown(own['generic'])}.")

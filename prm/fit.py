@@ -123,7 +123,11 @@ def _best_pooling(
     train: Comparisons, validation: Comparisons, backbone: Backbone, layout: TextLayout, config: HeadConfig, show: bool
 ) -> PersonalizedRewardModel:
     """The model under the pooling with the lower log loss on validation rows."""
-    models = [fit_reward_model(train, validation, backbone, layout, pooling, config, show) for pooling in POOLINGS]
+    models = []
+    for pooling in POOLINGS:
+        if show:
+            print(f"{pooling} pooling", file=sys.stderr)
+        models.append(fit_reward_model(train, validation, backbone, layout, pooling, config, show))
     losses = [model.figures["validation_log_loss"]["personal"] for model in models]
     best = models[int(np.argmin(losses))]
     best.figures["tried"]["pooling"] = dict(zip(POOLINGS, losses, strict=True))

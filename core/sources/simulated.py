@@ -63,7 +63,10 @@ class SimulationPlan:
         if len(set(self.properties)) < len(self.properties):
             raise ValueError(f"--properties {','.join(self.properties)}: each one once")
         if self.conflict not in self.properties:
-            raise ValueError(f"--conflict {self.conflict}: must be one of --properties {','.join(self.properties)}")
+            raise ValueError(
+                f"--conflict {self.conflict}: the groups differ on it, but it is not one of --properties "
+                f"{','.join(self.properties)}; add it there, or name one of them as --conflict"
+            )
         for name in ("users", "comparisons"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
@@ -192,7 +195,9 @@ def make_world(pool: Sequence[Candidates], plan: SimulationPlan) -> World:
     spreads = deviations.std(0)
     flat = [name for name, spread in zip(plan.properties, spreads, strict=True) if spread < 1e-9]
     if flat:
-        raise DataError(f"the pool's responses to a prompt do not differ in {', '.join(flat)}; leave it out")
+        raise DataError(
+            f"the pool's responses to a prompt do not differ in {', '.join(flat)}; name the others as --properties"
+        )
     draws = np.random.default_rng([plan.seed, 0])
     raw = _weights(plan, draws)  # (users, properties)
     unit = (raw @ (deviations / spreads).T).std(1, keepdims=True)

@@ -135,7 +135,7 @@ def split(
     k, n = _fold(fold)
     rows = load(source, columns, max_bad_rows, missing_user)
     parts = split_rows(rows, SplitPlan(by, validation, test, unseen_users, seed, k, n))
-    sizes = write_parts(parts, out)
+    sizes = write_parts(parts, out, "split.json")
     made = {"source": source, "by": by, "seed": seed, "fold": fold, "left_out": rows.dropped_counts, "parts": sizes}
     write_json(made, out / "split.json")
     if json:

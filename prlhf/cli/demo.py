@@ -1,5 +1,7 @@
 """`prlhf demo`: from nothing to a page that shows what personalization is worth."""
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,14 +62,15 @@ def _show(found: "Outcome", results: dict[str, Any], out: Path) -> None:
     tell(f"{results['seconds']['total']:.0f} seconds; everything measured is in {out / 'results.json'}")
     typer.echo(f"report: {out / 'report.html'}")
     typer.echo("next, with comparisons of your own in prefs.jsonl:")
+    name = "prlhf" if shutil.which("prlhf") else sys.argv[0]
     for command in NEXT:
-        typer.echo(f"  {command}")
+        typer.echo(f"  {name} {command}")
 
 
 NEXT = (
-    "prlhf data check prefs.jsonl",
-    "prlhf data split prefs.jsonl --by prompt --out D",
-    f"prlhf prm train --data D/train.parquet --eval-data D/validation.parquet --model {EXAMPLE} --output-dir runs/mine",
+    "data check prefs.jsonl",
+    "data split prefs.jsonl --by prompt --out D",
+    f"prm train --data D/train.parquet --eval-data D/validation.parquet --model {EXAMPLE} --output-dir runs/mine",
 )
 
 

@@ -78,16 +78,27 @@ def _compare(result: "Evaluation", other: "Evaluation", run: Path) -> dict[str, 
 def _evaluate(
     run: Path, rows: "Comparisons", group: str | None, place: str | None
 ) -> "tuple[PersonalizedRewardModel, Evaluation]":
+    from prlhf.core.splits import data_hash
     from prlhf.evaluation import evaluate_model
     from prlhf.prm.features import over_long_notice
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     model = PersonalizedRewardModel.from_pretrained(run, show=True, model=place)
+    if data_hash(list(rows)) == model.settings["data"]["hash"]:
+        tell(f"warning: {rows.source} holds the rows that {run} was trained on; its figures flatter the run")
     result = evaluate_model(model, list(rows), model.settings["user_model"], group)
     result.figures["truncated"] = model.over_long_by_user(list(rows))
     if result.figures["truncated"]:
         tell(over_long_notice(rows.source, result.figures["truncated"], model.layout))
     return model, result
+
+
+def _show_groups(accuracy: dict[str, Any], name: str) -> None:
+    from prlhf.eval.preference import WORDS
+
+    models = {name: name, **{model: WORDS[model] for model in ("uniform", "length_rule") if model != name}}
+    rows = [(g, *(percent(accuracy[m]["average"][g]) for m in models)) for g in accuracy[name]["average"]]
+    table("Mean over the seen users of each one's accuracy", ["group", *models.values()], rows)
 
 
 def _show(figures: dict[str, Any], result: "Evaluation") -> None:
@@ -103,6 +114,8 @@ def _show(figures: dict[str, Any], result: "Evaluation") -> None:
         lines.append((WORDS["row0"], percent(accuracy[name]["top_row0"]), percent(accuracy[name]["generic"])))
     lines += [(WORDS[m], percent(f["top"]), percent(f["generic"])) for m, f in accuracy.items() if m != name]
     table(title, ["accuracy", "seen users", "unseen users"], lines)
+    if len(accuracy[name]["average"]) > 1:
+        _show_groups(accuracy, name)
     gains = [(WORDS[m], percent(f, signed=True)) for m, f in figures["difference"].items()]
     if "against" in figures:
         gains.append((figures["against"]["run"], percent(figures["against"]["difference"], signed=True)))

@@ -56,7 +56,7 @@ def _simulate(pool: Path | None, plan: Any, split_plan: Any, out: Path) -> dict[
     from prlhf.eval.metrics import accuracies, clustered_mean, resampling_units
 
     world, parts = simulated_parts(pool or POOL, plan, split_plan)
-    sizes = write_parts(parts, out)
+    sizes = write_parts(parts, out, "world.json")
     world.save(out / "world.json")
     for name, size in sizes.items():
         right = accuracies(true_margins(parts[name]))  # type: ignore[arg-type]  # every simulated row has both
