@@ -94,8 +94,8 @@ def _new_users(found: Outcome) -> Section | None:
     text = [
         f"{new['users']} users were kept out of training. Each then gives {NEW_USER_COMPARISONS} comparisons, on "
         "training prompts, and gets a vector by a convex fit that leaves everything else as it is; they are judged on "
-        f"test prompts. {new['users_who_lose_less']} of them lose less by their picks than before. Interval: "
-        f"{new['interval']}.",
+        f"test prompts. {new['users_who_lose_less']} of them lose less by their picks than before; "
+        f"the mean difference is {shown(new['regret_difference'], NUMBER)} spreads. Interval: {new['interval']}.",
     ]
     bars = {"before: row 0": new["regret"]["row0"], "after": new["regret"]["added"]}
     return bars_section("Users who come later", text, bars, f"regret, {SPREADS}", NUMBER)

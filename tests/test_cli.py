@@ -63,6 +63,24 @@ def test_eval_preference_compares_two_runs_and_shows_a_table(work: Path) -> None
     assert "somebody else" in shown
 
 
+def test_eval_on_training_rows_is_told(work: Path) -> None:
+    trained = prlhf("eval", "preference", "runs/board", "--data", "D/train.parquet", cwd=work)
+    assert "warning: D/train.parquet holds the rows that runs/board was trained on" in trained.stderr
+    assert "warning" not in prlhf("eval", "preference", "runs/board", "--data", "D/test.parquet", cwd=work).stderr
+
+
+def test_a_split_never_replaces_parts_of_others(work: Path) -> None:
+    """Not even those that it reads."""
+    (work / "mine").mkdir()
+    shutil.copy(work / "D/train.parquet", work / "mine/train.parquet")
+    before = (work / "mine/train.parquet").read_bytes()
+    for verb in (("data", "split", "mine/train.parquet"), ("data", "simulate")):
+        done = prlhf(*verb, "--out", "mine", cwd=work, code=2)
+        assert "mine/train.parquet: is there already and not from this command" in done.stderr
+    assert [path.name for path in (work / "mine").iterdir()] == ["train.parquet"]
+    assert (work / "mine/train.parquet").read_bytes() == before
+
+
 def test_eval_preference_writes_a_page(work: Path) -> None:
     """With every row that was left out, in training as in evaluation."""
     rows = (work / "prefs.jsonl").read_text().splitlines()[:40]
