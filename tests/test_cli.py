@@ -81,6 +81,25 @@ def test_a_split_never_replaces_parts_of_others(work: Path) -> None:
     assert (work / "mine/train.parquet").read_bytes() == before
 
 
+def test_the_file_that_is_read_is_not_written(work: Path) -> None:
+    shutil.copy(work / "C.jsonl", work / "mine.jsonl")
+    rerank = (
+        "bestofn",
+        "rerank",
+        "runs/board",
+        "--candidates",
+        "mine.jsonl",
+        "--users",
+        "all",
+        "--out",
+        "./mine.jsonl",
+    )
+    assert "--out mine.jsonl: is the file that is read" in prlhf(*rerank, cwd=work, code=2).stderr
+    assert (work / "mine.jsonl").read_bytes() == (work / "C.jsonl").read_bytes()
+    evaluate = ("eval", "preference", "runs/board", "--data", "D/test.parquet", "--per-user", "D/test.parquet")
+    assert "--per-user D/test.parquet: is the file" in prlhf(*evaluate, cwd=work, code=2).stderr
+
+
 def test_eval_preference_writes_a_page(work: Path) -> None:
     """With every row that was left out, in training as in evaluation."""
     rows = (work / "prefs.jsonl").read_text().splitlines()[:40]

@@ -31,6 +31,12 @@ def prompts(source, **options):
     return [found.prompt for found in load_comparisons(source, **options)]
 
 
+def test_a_file_of_unknown_kind_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "prefs.tsv").write_text("user_id")
+    with pytest.raises(DataError, match=r"prefs.tsv: a file of this kind can't be read; give one of .jsonl"):
+        load_comparisons(tmp_path / "prefs.tsv")
+
+
 def test_jsonl_with_byte_order_mark_and_blank_lines(tmp_path):
     path = wrote(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + f"{line(0)}\n  \r\n{line(1)}\n".encode())
     rows = load_comparisons(path)

@@ -37,6 +37,8 @@ def read_rows(source: str | Path, columns: Mapping[str, str] | None = None) -> I
 
 def _raw_rows(source: str) -> Iterator[Row]:
     path = Path(source)
+    if path.suffix not in SUFFIXES and path.is_file():
+        raise DataError(f"{source}: a file of this kind can't be read; give one of {', '.join(SUFFIXES)}")
     if path.suffix not in SUFFIXES:
         return _dataset_rows(source)
     if not path.is_file():

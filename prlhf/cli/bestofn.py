@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Json, ModelPlace
-from .output import plain, print_json, table, tell
+from .output import check_not_read, plain, print_json, table, tell
 
 if TYPE_CHECKING:
     from prlhf.core.candidates import Candidates
@@ -67,6 +67,7 @@ def rerank(
 
     from prlhf.core.artefact import whole_file
 
+    check_not_read("--out", out, candidates)
     model, prompts, asked = _open(run, candidates, users, base)
     records = [{**_record(r), "order": list(r.order), "best": r.best} for r in _rank(model, prompts, asked)]
     if out:

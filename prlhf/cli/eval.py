@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Columns, Json, MaxBadRows, MissingUser, ModelPlace, load
-from .output import check_table_path, percent, print_json, table, tell, typed, write_json, write_table
+from .output import check_not_read, check_table_path, percent, print_json, table, tell, typed, write_json, write_table
 
 if TYPE_CHECKING:
     from prlhf.core.comparisons import Comparisons
@@ -42,6 +42,8 @@ def preference(
     """Accuracy with and without the user, beside the uniform model, length rules and a shuffled-user control."""
     if per_user:
         check_table_path("--per-user", per_user)
+    for flag, path in (("--out", out), ("--per-user", per_user), ("--report", report)):
+        check_not_read(flag, path, data)
     if report and report.suffix != ".html":
         raise ValueError(f"--report {report}: must end in .html")
     begun = time.perf_counter()

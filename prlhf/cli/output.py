@@ -48,6 +48,12 @@ def check_table_path(flag: str, path: Path) -> None:
         raise ValueError(f"{flag} {path}: must end in .parquet or .jsonl")
 
 
+def check_not_read(flag: str, path: Path | None, source: str | Path) -> None:
+    """Refuses to write over the file that is read, before any work."""
+    if path and Path(source).exists() and path.exists() and path.samefile(source):
+        raise ValueError(f"{flag} {path}: is the file that is read; give another")
+
+
 def typed() -> str:
     """The command as it was typed."""
     return shlex.join(["prlhf", *sys.argv[1:]])
