@@ -117,6 +117,21 @@ def test_eval_preference_writes_a_page(work: Path) -> None:
     assert "--report page.txt: must end in .html" in prlhf(*args, "page.txt", cwd=work, code=2).stderr
 
 
+def page_text(path: Path) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", path.read_text().rpartition("</script>")[0]).split())
+
+
+def test_page_of_a_uniform_run_and_of_a_comparison_of_runs(work: Path) -> None:
+    args = ("eval", "preference", "runs/flat", "--data", "D/test.parquet", "--report")
+    prlhf(*args, "flat.html", cwd=work)
+    flat = page_text(work / "flat.html")
+    assert "One model for everybody, it predicts" in flat
+    assert "Knowing the user" not in flat
+    assert "Against another run" not in flat
+    prlhf(*args, "both.html", "--against", "runs/board", cwd=work)
+    assert "this run minus runs/board" in page_text(work / "both.html")
+
+
 def test_score_writes_one_line_per_prompt_and_user_and_resumes(work: Path) -> None:
     known, stranger = users_of(work)
     args = ("bestofn", "score", "runs/board", "--candidates", "C.jsonl", "--users", f"{known[0]},{known[1]},{stranger}")
