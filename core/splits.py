@@ -145,6 +145,8 @@ def write_parts(parts: Mapping[str, Sequence[Comparison]], out: Path, mark: str)
             f"{out / foreign[0]}.parquet: is there already and not from this command ({mark} is missing); "
             "give another --out"
         )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / mark).touch()  # so that parts that an interrupted run leaves are known as its own
     sizes = {}
     for name, part in parts.items():
         if not part:
