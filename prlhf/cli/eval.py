@@ -40,12 +40,7 @@ def preference(
     json: Json = False,
 ) -> None:
     """Accuracy with and without the user, beside the uniform model, length rules and a shuffled-user control."""
-    if per_user:
-        check_table_path("--per-user", per_user)
-    for flag, path in (("--out", out), ("--per-user", per_user), ("--report", report)):
-        check_not_read(flag, path, data)
-    if report and report.suffix != ".html":
-        raise ValueError(f"--report {report}: must end in .html")
+    _check_outputs(data, out, per_user, report)
     begun = time.perf_counter()
     rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
     evaluated, result = _evaluate(run, rows, group, model)
@@ -65,6 +60,16 @@ def preference(
         print_json(figures)
     else:
         _show(figures, result)
+
+
+def _check_outputs(data: str, out: Path | None, per_user: Path | None, report: Path | None) -> None:
+    """Refuses what could not be written in the end, before the work begins."""
+    for flag, path in (("--out", out), ("--per-user", per_user), ("--report", report)):
+        check_not_read(flag, path, data)
+    if per_user:
+        check_table_path("--per-user", per_user)
+    if report and report.suffix != ".html":
+        raise ValueError(f"--report {report}: must end in .html")
 
 
 def _compare(result: "Evaluation", other: "Evaluation", run: Path) -> dict[str, Any]:
