@@ -180,12 +180,12 @@ class LocalGenerator:
             for r, token in zip(running, tokens.tolist(), strict=True):
                 drawn[r].append(token)
             last = length == sampling.max_new_tokens
-            going = [i for i, r in enumerate(running) if not last and drawn[r][-1] not in self.end_ids]
-            done = [r for i, r in enumerate(running) if i not in set(going)]
-            yield from (self._candidate(batch[r], drawn[r]) for r in done)
+            ended = [last or drawn[r][-1] in self.end_ids for r in running]
+            yield from (self._candidate(batch[r], drawn[r]) for r, end in zip(running, ended, strict=True) if end)
+            going = [i for i, end in enumerate(ended) if not end]
             if not going:
                 return
-            if done:
+            if len(going) < len(running):
                 running = [running[i] for i in going]
                 decoding, tokens = decoding.take(going), tokens[going]
             logits = decoding.step(self.model, tokens)

@@ -75,6 +75,11 @@ def is_model(column: str) -> bool:
     return column != "row0" and not column.endswith(OF_ROW0)
 
 
+def units_of(rows: Sequence[Comparison]) -> tuple[str, Sequence[Any]]:
+    """What a bootstrap over comparisons draws, `user` or `prompt`, and that of each row (B,)."""
+    return resampling_units([row.user.id for row in rows], [prompt_text(row.prompt) for row in rows])
+
+
 def margins(scorer: Scorer, rows: Sequence[Comparison], users: Sequence[User]) -> np.ndarray:
     """score(chosen) - score(rejected) of each comparison for the given users, (B,)."""
     requests = [ScoreRequest(u, row.prompt, [row.chosen, row.rejected]) for u, row in zip(users, rows, strict=True)]
@@ -110,7 +115,7 @@ def evaluate(
     by_model = _all_margins(name, scorer, rows, users, known, baselines, directions)
     correct = {model: np.mean([accuracies(m) for m in each], axis=0) for model, each in by_model.items()}
     table = _user_table(name, users, seen, correct, _groups(rows, group_column))
-    unit, drawn = resampling_units([u.id for u in users], [prompt_text(row.prompt) for row in rows])
+    unit, drawn = units_of(rows)
     clusters = np.asarray(drawn, dtype=object)
     figures = {
         "rows": len(rows),

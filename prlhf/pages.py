@@ -9,10 +9,10 @@ import torch
 
 from prlhf.core.comparisons import Comparisons
 from prlhf.core.figures import Figure
-from prlhf.core.splits import group_key, prompt_text
+from prlhf.core.splits import group_key
 from prlhf.eval.charts import POINTS, shown
-from prlhf.eval.metrics import clustered_mean, resampling_units
-from prlhf.eval.preference import Evaluation
+from prlhf.eval.metrics import clustered_mean
+from prlhf.eval.preference import Evaluation, units_of
 from prlhf.eval.report import Section, write_report
 from prlhf.eval.sections import (
     accuracy_section,
@@ -134,8 +134,7 @@ def prompts_in_common(first: Comparisons, second: Comparisons) -> Line:
 
 def _longer(rows: Comparisons) -> Figure:
     values = np.asarray([len(row.chosen) > len(row.rejected) for row in rows], dtype=np.float64)
-    _, drawn = resampling_units([row.user.id for row in rows], [prompt_text(row.prompt) for row in rows])
-    return clustered_mean(values, drawn)
+    return clustered_mean(values, units_of(rows)[1])
 
 
 def _left_out(counts: Mapping[str, int]) -> str:

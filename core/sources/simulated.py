@@ -213,7 +213,7 @@ def make_world(pool: Sequence[Candidates], plan: SimulationPlan) -> World:
 def _within_prompt(pool: Sequence[Candidates], names: Sequence[str]) -> np.ndarray:
     """Properties of all responses that have another beside them, less their prompt's mean: (responses, properties)."""
     several = [c.responses for c in pool if len(c.responses) > 1]
-    measured = [np.asarray([[PROPERTIES[n].measure(text) for n in names] for text in texts]) for texts in several]
+    measured = [np.asarray([[_measured(n, text) for n in names] for text in texts]) for texts in several]
     return np.concatenate([values - values.mean(0) for values in measured])
 
 

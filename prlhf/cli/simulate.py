@@ -52,16 +52,16 @@ def _simulate(pool: Path | None, plan: Any, split_plan: Any, out: Path) -> dict[
     from dataclasses import asdict
 
     from prlhf.core.sources.simulated import POOL, simulated_parts, true_margins
-    from prlhf.core.splits import prompt_text, write_parts
-    from prlhf.eval.metrics import accuracies, clustered_mean, resampling_units
+    from prlhf.core.splits import write_parts
+    from prlhf.eval.metrics import accuracies, clustered_mean
+    from prlhf.eval.preference import units_of
 
     world, parts = simulated_parts(pool or POOL, plan, split_plan)
     sizes = write_parts(parts, out, "world.json")
     world.save(out / "world.json")
     for name, size in sizes.items():
         right = accuracies(true_margins(parts[name]))  # type: ignore[arg-type]  # every simulated row has both
-        ids, prompts = [row.user.id for row in parts[name]], [prompt_text(row.prompt) for row in parts[name]]
-        size["ceiling"] = clustered_mean(right, resampling_units(ids, prompts)[1])
+        size["ceiling"] = clustered_mean(right, units_of(parts[name])[1])
     figures = {"pool": str(pool or POOL.name), "by": split_plan.by, "plan": asdict(plan), "parts": sizes}
     write_json(figures, out / "split.json")
     return figures
