@@ -94,9 +94,13 @@ class UserModel(nn.Module):
         """Embeddings of users: (R,) -> (R, K, D) or (R, D)."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def row0(self) -> Tensor:
         """The unknown user's embedding, (K, D) or (D,)."""
-        return self(torch.zeros(1, dtype=torch.int64))[0]
+        return self(torch.zeros(1, dtype=torch.int64, device=self.device))[0]
 
     def options(self) -> dict[str, Any]:
         """What `make_user_model` needs beside users and start to build the same model."""
@@ -109,8 +113,8 @@ class UserModel(nn.Module):
     def spread(self) -> Tensor:
         """How far each user's embedding is from row 0's, in the norm of e_0: (U,)."""
         with torch.no_grad():
-            chunks = [self(ids) for ids in torch.arange(self.users).split(65536)]
-            vectors = torch.cat(chunks).reshape(self.users, self.width)  # (U, K*D) or (U, D)
+            chunks = [self(ids.to(self.device)) for ids in torch.arange(self.users).split(65536)]
+            vectors = torch.cat(chunks).cpu().reshape(self.users, self.width)  # (U, K*D) or (U, D)
             return (vectors - vectors[0]).norm(dim=1) / vectors[0].norm().clamp_min(1e-12)
 
 
