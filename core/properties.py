@@ -24,6 +24,7 @@ class Property:
         measure: text -> number; 0 for an empty text.
         more, less: what somebody who likes much, or little, of it would say they like.
         shown: text -> how a person would put the number.
+        says: what the same two say after "I", beginning with `like` or `do not like`; no comma and no `and` in it.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Property:
     more: str
     less: str
     shown: Callable[[str], str]
+    says: tuple[str, str]
 
 
 def words(text: str) -> list[str]:
@@ -85,25 +87,47 @@ PROPERTIES = {
             "detailed answers",
             "brief answers",
             lambda text: f"{len(words(text))} words",
+            ("like long answers", "like short answers"),
         ),
-        Property("list", list_share, "lists", "running prose", _percent(list_share, "list lines")),
+        Property(
+            "list",
+            list_share,
+            "lists",
+            "running prose",
+            _percent(list_share, "list lines"),
+            ("like lists", "do not like lists"),
+        ),
         Property(
             "exclamation",
             _exclaimed,
             "enthusiasm and exclamation marks",
             "a calm tone",
             _percent(_exclaimed, "end in !"),
+            ("like exclamation marks", "do not like exclamation marks"),
         ),
-        Property("question", _asked, "being asked back", "answers without questions", _percent(_asked, "end in ?")),
+        Property(
+            "question",
+            _asked,
+            "being asked back",
+            "answers without questions",
+            _percent(_asked, "end in ?"),
+            ("like being asked back", "do not like being asked back"),
+        ),
         Property(
             "long_words",
             _long_share,
             "long, precise words",
             "short, plain words",
             _percent(_long_share, "long words"),
+            ("like long words", "like short words"),
         ),
         Property(
-            "you", _you_share, "being addressed in person", "an impersonal style", _percent(_you_share, "you, your")
+            "you",
+            _you_share,
+            "being addressed in person",
+            "an impersonal style",
+            _percent(_you_share, "you, your"),
+            ("like being addressed in person", "do not like being addressed in person"),
         ),
     )
 }

@@ -22,9 +22,7 @@ from prlhf.core.properties import PROPERTIES, words
 from prlhf.core.scoring import ScoreRequest
 from prlhf.core.sources import load_comparisons
 from prlhf.core.sources.simulated import (
-    CONFLICT_WEIGHT,
     POOL,
-    STATED,
     UTILITY_COLUMNS,
     SimulatedUser,
     SimulationPlan,
@@ -35,6 +33,7 @@ from prlhf.core.sources.simulated import (
     true_margins,
 )
 from prlhf.core.splits import SplitPlan, data_hash
+from prlhf.core.tastes import CONFLICT_WEIGHT, STATED
 from prlhf.core.tokenize import TextLayout
 from prlhf.prm.fit import fit_reward_model
 from prlhf.prm.head_config import HeadConfig

@@ -3,13 +3,14 @@
 A user's utility is linear in measurable properties of a response (`core.properties`), and their choices between two
 responses of a pool follow Bradley-Terry: P(a over b) = sigmoid(utility(a) - utility(b)). A majority and a minority are
 in conflict on one property, as in the paper's controlled experiment (5.1); beyond that everybody has a taste of their
-own. Every row keeps its true utilities in columns that no trainer reads.
+own, or, where users are mirrored, the opposite of somebody else's. Every row keeps its true utilities in columns that
+no trainer reads.
 """
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -23,13 +24,11 @@ from ..comparisons import Comparison, Comparisons, DataError, Prompt, User
 from ..properties import PROPERTIES
 from ..scoring import Scorer, each
 from ..splits import SplitPlan, prompt_text, split
+from ..tastes import clear_tastes, draw_weights, in_own_words, in_plain_words, liking, with_opposites
 
 POOL = Path(__file__).with_name("everyday.jsonl")
 UTILITY_COLUMNS = ("utility_chosen", "utility_rejected")
 WORLD_FORMAT = 1
-SIDE_TASTE = 0.15  # standard deviation of the weights beside the main taste, which weighs 1
-CONFLICT_WEIGHT = 0.35  # of the property that the groups differ on, for users whose main taste is another
-STATED = 0.25  # weights from here on are worth a word in the text about a user
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,14 @@ class SimulationPlan:
         comparisons: of each user; no pair comes twice.
         properties: what users can like or dislike; each user's main taste is one of them, in turn.
         conflict: the property that the majority likes more of and the minority less of.
-        majority: share of the users in the majority.
+        majority: share of the users in the majority; where they are mirrored, of the first of each pair.
         strength: standard deviation of a user's utility over the responses of a prompt, in logits: how sure choices
             are.
-        user_text: whether each user comes with a text that states their utility.
+        user_text: whether each user comes with a text that states their utility, in words of their own.
+        stated: whether each user comes with a text that states it in the same plain words for everybody.
+        mirrored: whether users come in pairs, user 1 with user 2 and so on: the second's utility is the negated one
+            of the first, and both are asked about the same pairs of responses. Who is not told the user, by id or
+            text, is then right half of the time on average.
     """
 
     users: int = 40
@@ -55,6 +58,8 @@ class SimulationPlan:
     strength: float = 3.0
     user_text: bool = False
     seed: int = 0
+    stated: bool = False
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.properties if name not in PROPERTIES]
@@ -74,6 +79,18 @@ class SimulationPlan:
             raise ValueError(f"--majority must lie between 0 and 1, found {self.majority}")
         if not 0 < self.strength < math.inf:
             raise ValueError(f"--strength must be a number greater than 0, found {self.strength}")
+        if self.stated and self.user_text:
+            raise ValueError(
+                "--stated and --user-text: a user has one text, and each of them writes it; give one of them"
+            )
+        if self.mirrored and self.users % 2:
+            raise ValueError(
+                f"--users {self.users}: with --mirrored users come in pairs; give an even number, as {self.users + 1}"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON; what plans did not always have stands there only where it is used, so other files stay the same."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("stated", "mirrored")}
 
 
 @dataclass(frozen=True)
@@ -119,10 +136,15 @@ class World:
         """The true utility as a scorer: no model can do better than it on noisy choices."""
         return each(lambda user, prompt, response: self.utility(user.id, response))
 
+    def asked_together(self) -> list[list[SimulatedUser]]:
+        """All users, in lists of those who are asked about the same pairs: two who are mirrored, or one."""
+        everybody, size = list(self.users.values()), 2 if self.plan.mirrored else 1
+        return [everybody[at : at + size] for at in range(0, len(everybody), size)]
+
     def save(self, path: Path) -> None:
         """Writes the world as JSON; it is whole or not there."""
         users = {name: asdict(found) for name, found in self.users.items()}
-        facts = {"format": WORLD_FORMAT, "plan": asdict(self.plan), "scales": dict(self.scales), "users": users}
+        facts = {"format": WORLD_FORMAT, "plan": self.plan.facts(), "scales": dict(self.scales), "users": users}
         with whole_file(path) as new:
             new.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -164,7 +186,11 @@ def simulate(pool: Sequence[Candidates], plan: SimulationPlan) -> tuple[World, l
         raise DataError(f"the pool has {len(pairs):,} pairs, too few for {plan.comparisons:,} comparisons of each user")
     world = make_world(pool, plan)
     draws = np.random.default_rng([plan.seed, 1])
-    return world, [row for user in world.users.values() for row in _choices(world, user, pairs, draws)]
+    rows: list[Comparison] = []
+    for together in world.asked_together():
+        asked = [pairs[at] for at in draws.choice(len(pairs), plan.comparisons, replace=False)]
+        rows += [row for user in together for row in _choices(world, user, asked, draws)]
+    return world, rows
 
 
 def _pairs(pool: Sequence[Candidates]) -> list[tuple[Prompt, str, str]]:
@@ -181,7 +207,16 @@ def simulated_parts(
 ) -> tuple[World, dict[str, list[Comparison]]]:
     """Simulates and splits: the world, and its comparisons by part (see `core.splits`)."""
     world, rows = simulate(read_candidates(pool), plan)
-    return world, split(Comparisons(rows, f"{pool.name} with {plan.users} simulated users"), split_plan)
+    source = f"{pool.name} with {plan.users} simulated users"
+    return world, _split_together(world, Comparisons(rows, source), split_plan)
+
+
+def _split_together(world: World, rows: Comparisons, plan: SplitPlan) -> dict[str, list[Comparison]]:
+    """Splits; mirrored users are shown to it under the id of the first of their pair, so both are held out, or none."""
+    first = {user.user.id: together[0].user for together in world.asked_together() for user in together}
+    shown = [replace(row, user=first[row.user.id]) for row in rows]
+    own = {id(row): mine for row, mine in zip(shown, rows, strict=True)}
+    return {name: [own[id(row)] for row in part] for name, part in split(rows.subset(shown), plan).items()}
 
 
 def load(source: str | Path, plan: SimulationPlan | None = None) -> Iterator[Comparison]:
@@ -199,9 +234,12 @@ def make_world(pool: Sequence[Candidates], plan: SimulationPlan) -> World:
             f"the pool's responses to a prompt do not differ in {', '.join(flat)}; name the others as --properties"
         )
     draws = np.random.default_rng([plan.seed, 0])
-    raw = _weights(plan, draws)  # (users, properties)
+    drawn = plan.users // 2 if plan.mirrored else plan.users
+    raw = draw_weights(drawn, plan.properties, plan.conflict, plan.majority, draws)
     unit = (raw @ (deviations / spreads).T).std(1, keepdims=True)
-    weights = raw / unit * plan.strength
+    weights = raw / unit * plan.strength  # (users, properties)
+    if plan.mirrored:  # after they are scaled, so that the two of a pair are opposite to the last bit
+        raw, weights = with_opposites(raw), with_opposites(weights)
     width = len(str(plan.users))
     users = {}
     for i, (mine, signs) in enumerate(zip(weights, raw, strict=True)):
@@ -217,52 +255,20 @@ def _within_prompt(pool: Sequence[Candidates], names: Sequence[str]) -> np.ndarr
     return np.concatenate([values - values.mean(0) for values in measured])
 
 
-def _weights(plan: SimulationPlan, draws: np.random.Generator) -> np.ndarray:
-    """Weights of all users before they are scaled, (users, properties).
-
-    Main tastes go round, and so do likes and dislikes among the users who share one; on the property in conflict the
-    group decides.
-    """
-    names, at = list(plan.properties), list(plan.properties).index(plan.conflict)
-    weights = draws.normal(0, SIDE_TASTE if len(names) > 1 else 0, (plan.users, len(names)))
-    majority = round(plan.majority * plan.users)
-    side = draws.permutation([1] * majority + [-1] * (plan.users - majority))
-    weights[:, at] = CONFLICT_WEIGHT * side
-    for i in range(plan.users):
-        main = (at + i) % len(names)
-        weights[i, main] = side[i] if main == at else (-1) ** (i // len(names))
-    return weights
-
-
 def _user(
     name: str, weights: np.ndarray, raw: np.ndarray, plan: SimulationPlan, draws: np.random.Generator
 ) -> SimulatedUser:
-    order = sorted(range(len(raw)), key=lambda k: -abs(raw[k]))
-    liked = [_liking(plan.properties[k], raw[k]) for k in order if abs(raw[k]) >= STATED]
-    text = _stated(liked, draws) if plan.user_text else ""
+    tastes = clear_tastes(plan.properties, raw)
+    text = in_plain_words(tastes) if plan.stated else in_own_words(tastes, draws) if plan.user_text else ""
     group = "majority" if raw[list(plan.properties).index(plan.conflict)] > 0 else "minority"
     by_name = dict(zip(plan.properties, weights.tolist(), strict=True))
-    return SimulatedUser(User(name, text), group, liked[0], by_name)
-
-
-def _liking(name: str, weight: float) -> str:
-    return PROPERTIES[name].more if weight > 0 else PROPERTIES[name].less
-
-
-def _stated(liked: Sequence[str], draws: np.random.Generator) -> str:
-    """A text in which a user says what they like, first things first."""
-    openings = ("Above all I like {}.", "What I want most is {}.", "I prefer {}.", "Give me {}.")
-    further = ("I also like {}.", "Next to that, {}.", "And {}, please.", "{}, too.")
-    first, rest = str(draws.choice(openings)), str(draws.choice(further))
-    said = [first.format(liked[0]), *(rest.format(thing) for thing in liked[1:])]
-    return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
+    return SimulatedUser(User(name, text), group, liking(*tastes[0]), by_name)
 
 
 def _choices(
-    world: World, user: SimulatedUser, pairs: Sequence[tuple[Prompt, str, str]], draws: np.random.Generator
+    world: World, user: SimulatedUser, asked: Sequence[tuple[Prompt, str, str]], draws: np.random.Generator
 ) -> Iterator[Comparison]:
-    for at in draws.choice(len(pairs), world.plan.comparisons, replace=False):
-        prompt, *texts = pairs[at]
+    for prompt, *texts in asked:
         utilities = [world.utility(user.user.id, text) for text in texts]
         first = draws.random() < 1 / (1 + math.exp(min(700.0, utilities[1] - utilities[0])))
         chosen, rejected = (0, 1) if first else (1, 0)
