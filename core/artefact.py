@@ -8,7 +8,7 @@ finishes the new one. Nothing in an artefact is ever unpickled.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,13 +36,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callable[[Path], Any]]) -> None:
+def save(
+    folder: Path,
+    kind: str,
+    facts: dict[str, Any],
+    files: dict[str, Callable[[Path], Any]],
+    keep: Sequence[str] = (),
+) -> None:
     """Writes or updates an artefact.
 
     Args:
         kind: what it is, for instance `reward_model`.
         facts: resolved settings and figures, kept in `prlhf.json`.
         files: name of each file and the function that writes it to a path.
+        keep: files of the artefact that stay as they are (large weights that an update leaves alone).
 
     Raises:
         OSError: nothing was changed, and the temporary files are gone.
@@ -54,7 +61,7 @@ def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callab
             raise ArtefactError(f"{folder / foreign[0]}: is there already and belongs to no run; give another folder")
         begun: list[Path] = []
         try:
-            listed = {}
+            listed = _listed(folder, keep)
             for name, write in files.items():
                 begun.append(folder / (name + NEW))
                 write(begun[-1])
@@ -71,6 +78,14 @@ def save(folder: Path, kind: str, facts: dict[str, Any], files: dict[str, Callab
         os.replace(folder / (MANIFEST + NEW), folder / MANIFEST)  # from here on the new state counts
         for name in files:
             _put_in_place(folder / name)
+
+
+def _listed(folder: Path, keep: Sequence[str]) -> dict[str, Any]:
+    """What the manifest says of files that an update leaves alone."""
+    if not keep:
+        return {}
+    listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {name: listed[name] for name in keep}
 
 
 def load(folder: Path, kind: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A trainer of another library works on such a model unchanged.
 """
 
 import inspect
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -16,7 +16,6 @@ from .users import UserModel
 
 Place = Literal["prepend", "after_bos"]
 PLACES: tuple[str, ...] = get_args(Place)
-_PERSONAL = ("user_model", "score")  # modules that are saved apart from the weights of the language model
 
 
 def personalize(model: Any, user_model: UserModel, place: Place = "prepend") -> Any:
@@ -41,14 +40,21 @@ def personalize(model: Any, user_model: UserModel, place: Place = "prepend") -> 
     first = next(backbone.parameters())
     backbone.user_model = user_model.to(first.device)
     backbone.user_place = place
-    backbone.__class__ = _subclass(type(backbone), PersonalizedBackbone)
+    backbone.__class__ = subclass(type(backbone), PersonalizedBackbone)
     if backbone is not model:
-        model.__class__ = _subclass(type(model), TakesUserIds)
+        model.__class__ = subclass(type(model), TakesUserIds)
+    keep_apart(model)
     return model
 
 
-@lru_cache(maxsize=None)
-def _subclass(base: type, mixin: type) -> type:
+def keep_apart(model: Any) -> None:
+    """Makes `save_pretrained` leave user vectors out, which are personal data."""
+    own = {name for name in model.state_dict() if is_user(name)}
+    model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | own
+
+
+@cache
+def subclass(base: type, mixin: type) -> type:
     """A subclass under its parent's name, by which transformers and peft know what it is.
 
     The class and not the instance is changed, because `deepcopy` of a patched instance would run the original's layers.
@@ -166,7 +172,7 @@ def _check_shapes(embeds: Tensor, mask: Tensor | None, user_ids: Tensor) -> None
 
 
 def _with_users(text: Tensor | None, before: Tensor, width: int, users: Tensor | None) -> Tensor | None:
-    """(R, T, ...) -> (R, K + T, ...): users' columns (ones, for a mask) after the first `before` columns of each row."""
+    """(R, T, ...) -> (R, K + T, ...): users' columns (ones, for a mask) after each row's first `before` columns."""
     if text is None:
         return None
     own = text.new_ones(len(text), width) if users is None else users
@@ -180,7 +186,7 @@ def _with_users(text: Tensor | None, before: Tensor, width: int, users: Tensor |
 def _positions(
     given: Tensor | None, mask: Tensor | None, before: Tensor, width: int, tokens: int, past: int
 ) -> Tensor | None:
-    """Positions with the users' counted in: (R, K + T), or (R, T) with a filled cache; None where the model's will do."""
+    """Positions with the users' counted in: (R, K + T), or (R, T) with a filled cache; None: the model's own do."""
     if given is not None and past:
         return given + width
     if given is not None:
@@ -222,9 +228,14 @@ def unwrapped(model: Any) -> Any:
             return getattr(model, "_orig_mod", model)
 
 
+def is_user(name: str) -> bool:
+    """Whether a parameter belongs to a user model."""
+    return "user_model" in name.split(".")
+
+
 def is_personal(name: str) -> bool:
     """Whether a parameter belongs to a user model or to a reward head and not to the language model."""
-    return not set(_PERSONAL).isdisjoint(name.split("."))
+    return is_user(name) or "score" in name.split(".")
 
 
 def personal_state(model: Any, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ tags: [prlhf, reward-model, personalization]
 
 # Personalized reward model
 
-Linear heads on the frozen **{label}**, user model `{user_model}`, `{pooling}` pooling (P-RM, arXiv 2402.05133, F.2).
+{what} **{label}**, user model `{user_model}`, `{pooling}` pooling (P-RM, arXiv 2402.05133, F.2).
 
 ```python
 from prlhf import PersonalizedRewardModel
@@ -22,16 +22,19 @@ model.rank("prompt", ["one response", "another"], users=["a user id"])[0].best
 
 | | |
 | --- | --- |
-| trained on | {train:,} comparisons; {users:,} users now known; data hash `{data}` |
-| chosen on | {validation:,} validation comparisons |
-| validation log loss | {personal:.4f} personal, {uniform:.4f} uniform |
-| weight of the user's loss (alpha) | {alpha} |
-| strengths | e_0 {base_strength:g}, users {user_strength:g} |
-| how far users are from row 0, relative to its norm | median {median:.2f}, largest {largest:.2f} |
+{rows}
 
-Validation figures chose the strengths above, so they flatter; measure on other rows with `prlhf eval preference`.
+Validation figures chose {chosen}, so they flatter; measure on other rows with `prlhf eval preference`.
 The user vectors are personal data.
 """
+_WHAT = {
+    ("linear_head", "frozen"): "Linear heads on the frozen",
+    ("linear_head", "lora"): "Linear heads, trained with LoRA on",
+    ("linear_head", "full"): "Linear heads, trained together with",
+    ("soft_prompt", "frozen"): "Soft prompts of {user_tokens} vectors before the frozen",
+    ("soft_prompt", "lora"): "Soft prompts of {user_tokens} vectors, trained with LoRA on",
+    ("soft_prompt", "full"): "Soft prompts of {user_tokens} vectors, trained together with",
+}
 
 
 def card(settings: dict[str, Any], figures: dict[str, Any], spread: np.ndarray) -> str:
@@ -40,17 +43,48 @@ def card(settings: dict[str, Any], figures: dict[str, Any], spread: np.ndarray) 
     Args:
         spread: (U - 1,) distance of each user's vector from row 0, relative to row 0's norm.
     """
+    heads = "base_strength" in figures
+    losses = figures["validation_log_loss"]
+    shown = ", ".join(f"{losses[key]:.4f} {word}" for key, word in _LOSSES.items() if key in losses)
+    rows = {
+        "trained on": f"{figures['rows']['train']:,} comparisons; {len(spread):,} users now known; "
+        f"data hash `{settings['data']['hash']}`",
+        "chosen on": f"{figures['rows']['validation']:,} validation comparisons",
+        "validation log loss": shown,
+        "weight of the user's loss (alpha)": str(settings["user_loss_alpha"]),
+        **(_strengths(figures) if heads else _training(settings, figures)),
+        "how far users are from row 0, relative to its norm": _spread(spread),
+    }
+    what = _WHAT[settings["aggregator"], settings.get("tuning", "frozen")]
     return _CARD.format(
+        what=what.format(user_tokens=settings.get("user_tokens")),
         label=settings["model"]["label"],
         user_model=settings["user_model"],
         pooling=settings["pooling"],
-        users=len(spread),
-        data=settings["data"]["hash"],
-        alpha=settings["user_loss_alpha"],
-        median=float(np.median(spread)) if len(spread) else 0.0,
-        largest=float(spread.max()) if len(spread) else 0.0,
-        base_strength=figures["base_strength"],
-        user_strength=figures["user_strength"],
-        **figures["rows"],
-        **figures["validation_log_loss"],
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+        chosen="the strengths above" if heads else "the step that was kept",
     )
+
+
+_LOSSES = {"personal": "personal", "uniform": "uniform", "row0": "row 0"}
+
+
+def _strengths(figures: dict[str, Any]) -> dict[str, str]:
+    return {"strengths": f"e_0 {figures['base_strength']:g}, users {figures['user_strength']:g}"}
+
+
+def _training(settings: dict[str, Any], figures: dict[str, Any]) -> dict[str, str]:
+    return {
+        "steps": f"{figures['steps']:,} of {settings['batch_size']} comparisons, kept: step {figures['best_step']:,}",
+        "learning rates": f"{settings['learning_rate']:g}, users {settings['user_learning_rate']:g}",
+        "cost": f"{figures['trainable_parameters']:,} trainable parameters, {figures['training_seconds']:,.0f} s, "
+        f"{figures['peak_memory_gb']:.1f} GB",
+    }
+
+
+def _spread(spread: np.ndarray) -> str:
+    """Quantiles over users: whether the vectors differ at all, and whether a few people stand far out."""
+    if not len(spread):
+        return "no users"
+    low, middle, high = np.quantile(spread, [0.1, 0.5, 0.9])
+    return f"median {middle:.2f}, a tenth below {low:.2f}, a tenth above {high:.2f}, largest {spread.max():.2f}"

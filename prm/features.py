@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from ..core.comparisons import Comparison, Prompt
 from ..core.pretrained import Backbone, cache_dir
+from ..core.scoring import ScoreRequest
 from ..core.tokenize import RowTokenizer, TextLayout, TokenRow
+from .pooling import POOLINGS, last_state, mean_state
 
-POOLINGS = ("last", "mean")
 LAYOUT = "v1"  # raise when the same tokens and weights would give other rows
 KEY_BYTES = 16
 TOKENS_PER_BATCH = 8192
@@ -41,11 +42,12 @@ class FeatureStore:
     Args:
         folder: where the files lie; made when missing.
         hidden_size: D.
+        poolings: names of the P vectors of a row.
     """
 
-    def __init__(self, folder: Path, hidden_size: int):
-        self.folder, self.hidden_size = folder, hidden_size
-        self.row_bytes = 4 * len(POOLINGS) * hidden_size
+    def __init__(self, folder: Path, hidden_size: int, poolings: Sequence[str] = POOLINGS):
+        self.folder, self.hidden_size, self.poolings = folder, hidden_size, tuple(poolings)
+        self.row_bytes = 4 * len(poolings) * hidden_size
         folder.mkdir(parents=True, exist_ok=True)
         self._keys, self._rows = folder / "keys.bin", folder / "rows.f32"
         self._lock = FileLock(folder / "lock")
@@ -68,9 +70,9 @@ class FeatureStore:
 
     def gather(self, positions: np.ndarray, pooling: str) -> Tensor:
         """Rows at `positions` under one pooling: (len(positions), D) fp32."""
-        shape = (self._known, len(POOLINGS), self.hidden_size)
+        shape = (self._known, len(self.poolings), self.hidden_size)
         table = np.memmap(self._rows, dtype=np.float32, mode="r", shape=shape)
-        return torch.from_numpy(np.ascontiguousarray(table[positions, POOLINGS.index(pooling)]))
+        return torch.from_numpy(np.ascontiguousarray(table[positions, self.poolings.index(pooling)]))
 
     def append(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
         """Adds rows (len(keys), P, D); keys that another process added meanwhile are left alone."""
@@ -135,27 +137,42 @@ def hidden_states(backbone: Backbone, rows: Sequence[TokenRow]) -> Tensor:
     places = torch.arange(input_ids.shape[1], device=device)  # (T,)
     mask = places < lengths[:, None]  # (R, T)
     states = backbone.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    last = states[torch.arange(len(rows), device=device), lengths - 1].float()  # (R, D)
     inside = mask & (places >= starts[:, None])  # (R, T)
-    # In fp32 before summing: a bf16 sum over hundreds of tokens loses the third digit.
-    summed = torch.einsum("rtd,rt->rd", states.float(), inside.float())
-    return torch.stack([last, summed / inside.sum(1, keepdim=True)], dim=1).cpu()
+    return torch.stack([last_state(states, mask), mean_state(states, inside)], dim=1).cpu()
+
+
+def fill(
+    store: FeatureStore,
+    keys: Sequence[bytes],
+    rows: Sequence[TokenRow],
+    compute: Callable[[list[int]], np.ndarray],
+    shown_as: str,
+) -> None:
+    """Computes what the store lacks, batch by batch; every batch is on disk before the next begins.
+
+    Args:
+        compute: positions in `rows` -> their records.
+        shown_as: name of the progress bar; none where it is empty.
+    """
+    total = sum(map(len, rows))
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=shown_as, disable=not (shown_as and rows)) as bar:
+        for batch in batches(rows):
+            store.append([keys[i] for i in batch], compute(batch))
+            bar.update(sum(len(rows[i]) for i in batch))
 
 
 def extract(backbone: Backbone, rows: Sequence[TokenRow], store: FeatureStore, show: bool = True) -> np.ndarray:
-    """Positions in the store of all rows' features, computing those that are missing.
-
-    Every batch is on disk before the next begins, so an interrupted run goes on where it stopped.
-    """
+    """Positions in the store of all rows' features, computing those that are missing."""
     keys = [row_key(row) for row in rows]
     missing = list({key: i for i, key in enumerate(keys) if key not in store}.values())
     todo = [rows[i] for i in missing]
-    total = sum(map(len, todo))
-    with tqdm(total=total, unit="tok", unit_scale=True, desc="features", disable=not (show and todo)) as bar:
-        for batch in batches(todo):
-            states = hidden_states(backbone, [todo[i] for i in batch])
-            store.append([keys[missing[i]] for i in batch], states.numpy())
-            bar.update(sum(len(todo[i]) for i in batch))
+    fill(
+        store,
+        [keys[i] for i in missing],
+        todo,
+        lambda batch: hidden_states(backbone, [todo[i] for i in batch]).numpy(),
+        "features" if show else "",
+    )
     return store.positions(keys)
 
 
@@ -172,19 +189,26 @@ class FeatureReader:
         self.layout = self.tokenizer.layout
         self._seen: dict[tuple[str, str, str], tuple[bytes, int]] = {}  # text -> key in the store, tokens cut off
 
+    def tokenize(self, texts: Sequence[Text]) -> list[TokenRow]:
+        return self.tokenizer.rows([t[0] for t in texts], [t[2] for t in texts], [t[1] for t in texts])
+
     def cut(self, texts: Sequence[Text]) -> np.ndarray:
         """How many tokens the layout's `max_length` takes from each text, (len(texts),)."""
         return np.asarray([cut for _, cut in self._look_up(texts)], dtype=np.int64)
 
+    def keys(self, texts: Sequence[Text]) -> list[bytes]:
+        """The key of each text's token ids."""
+        return [key for key, _ in self._look_up(texts)]
+
     def positions(self, texts: Sequence[Text], show: bool = False) -> np.ndarray:
         """Positions of the texts' features in the store, (len(texts),); computes what is missing."""
-        keys = [key for key, _ in self._look_up(texts)]
+        keys = self.keys(texts)
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self.store}
         if missing:
             cached = len(set(keys)) - len(missing)
             if cached and show:
                 print(f"features: {cached:,} of {len(set(keys)):,} responses are cached", file=sys.stderr)
-            extract(self.backbone, self._tokenize(list(missing.values())), self.store, show)
+            extract(self.backbone, self.tokenize(list(missing.values())), self.store, show)
         return self.store.positions(keys)
 
     def differences(self, rows: Sequence[Comparison], pooling: str, show: bool = False) -> Tensor:
@@ -203,15 +227,12 @@ class FeatureReader:
     def _look_up(self, texts: Sequence[Text]) -> list[tuple[bytes, int]]:
         names = [(str(prompt), about, response) for prompt, about, response in map(self._read, texts)]
         new = {name: text for name, text in zip(names, texts, strict=True) if name not in self._seen}
-        rows = self._tokenize(list(new.values()))
+        rows = self.tokenize(list(new.values()))
         self._seen.update({name: (row_key(row), row.cut) for name, row in zip(new, rows, strict=True)})
         return [self._seen[name] for name in names]
 
     def _read(self, text: Text) -> Text:
         return text if self.layout.user_text == "input" else (text[0], "", text[2])
-
-    def _tokenize(self, texts: Sequence[Text]) -> list[TokenRow]:
-        return self.tokenizer.rows([t[0] for t in texts], [t[2] for t in texts], [t[1] for t in texts])
 
 
 def feature_reader(backbone: Backbone, layout: TextLayout) -> FeatureReader:
@@ -237,3 +258,8 @@ def texts_of(rows: Sequence[Comparison]) -> list[Text]:
     """Texts of comparisons: all chosen ones, then all rejected ones."""
     sides = [[row.chosen for row in rows], [row.rejected for row in rows]]
     return [(row.prompt, row.user.text, text) for side in sides for row, text in zip(rows, side, strict=True)]
+
+
+def texts_of_requests(requests: Sequence[ScoreRequest]) -> list[Text]:
+    """Texts of all responses of the requests, in their order."""
+    return [(r.prompt, r.user.text, response) for r in requests for response in r.responses]

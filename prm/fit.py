@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.comparisons import Comparison, Comparisons, DataError
 from ..core.figures import wilson
+from ..core.pairs import kept_rows
 from ..core.pretrained import Backbone
 from ..core.splits import data_hash
 from ..core.tokenize import RowTokenizer, TextLayout
@@ -19,8 +20,9 @@ from ..core.users import UserIndex, UserModel
 from .features import POOLINGS, FeatureReader, feature_reader, over_long_by_user, over_long_notice
 from .head_config import HeadConfig
 from .heads import Examples, HeadFit, fit_heads
+from .linear_head import LinearHead
 from .new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture
-from .reward_model import LinearHead, PersonalizedRewardModel, length_facts
+from .reward_model import PersonalizedRewardModel, length_facts
 
 BEST = "best"
 TRIAL_USERS = 200
@@ -50,27 +52,13 @@ def frozen_features(rows: Comparisons, reader: FeatureReader, pooling: str, show
             a number.
     """
     over = reader.over(rows)  # (B,)
-    if reader.layout.over_long == "refuse" and over.any():
-        _refuse_over_long(rows, over, reader.layout)
-    kept = [row for row, tokens in zip(rows, over, strict=True) if not tokens or reader.layout.over_long != "drop"]
-    if not kept:
-        raise DataError(
-            f"{rows.source}: no row is left under --max-length {reader.layout.max_length}; raise it, or truncate"
-        )
+    kept = [rows[i] for i in kept_rows(rows, over, reader.layout)]
     differences = reader.differences(kept, pooling, show)
     finite = torch.isfinite(differences).all(1)
     if not finite.all():
         bad = kept[int((~finite).nonzero()[0])]
         raise DataError(f"{bad.place}: the backbone's hidden state is not a number; try --dtype float32")
     return FrozenFeatures(kept, differences, over_long_by_user(rows, over))
-
-
-def _refuse_over_long(rows: Comparisons, over: np.ndarray, layout: TextLayout) -> None:
-    first = int(np.flatnonzero(over)[0])
-    raise DataError(
-        f"{rows[first].place}: {layout.max_length + int(over[first])} tokens, more than --max-length "
-        f"{layout.max_length}; raise it, or choose --over-long truncate or drop"
-    )
 
 
 def fit_reward_model(
@@ -94,7 +82,7 @@ def fit_reward_model(
     """
     if pooling == BEST:
         return _best_pooling(train, validation, backbone, layout, config, show)
-    pooling, resolved = _resolve(backbone, layout, pooling)
+    pooling, resolved = resolve(backbone, layout, pooling)
     reader = feature_reader(backbone, resolved)
     parts = [frozen_features(rows, reader, pooling, show) for rows in (train, validation)]
     for name, part in zip(("train", "validation"), parts, strict=True):
@@ -109,13 +97,22 @@ def fit_reward_model(
     sets = [Examples(p.differences / scale, users.rows([r.user.id for r in p.rows])) for p in parts]
     start = backbone.score * scale if backbone.score is not None else torch.zeros(backbone.hidden_size)
     personal, uniform = fit_heads(sets[0], sets[1], len(users), start, config, show)
-    prior, mixture, prior_trials = _new_user_settings(personal, sets, config)
+    prior, mixture, prior_trials = new_user_settings(personal.users, personal.strength, sets, config.seed)
     left_out = [train.dropped_counts, validation.dropped_counts]
     figures = _figures(personal, uniform, sets, parts, prior_trials, left_out)
-    settings = _settings(backbone, resolved, pooling, config, personal, mixture, train)
+    settings = {
+        **common_settings(backbone, resolved, pooling, train),
+        "aggregator": "linear_head",
+        "tuning": "frozen",
+        "user_model": config.user_model,
+        "user_options": personal.users.options(),
+        "user_loss_alpha": config.user_loss_alpha,
+        "mixture_strength": mixture,
+        "seed": config.seed,
+    }
     head = LinearHead(uniform.users.row0().detach() / scale, scale, prior)
     _divide(personal.users, scale)
-    users.facts = _user_facts(parts[0])
+    users.facts = user_facts(parts[0].rows, parts[0].over_long)
     return PersonalizedRewardModel(users, personal.users, head, settings, figures, show=show, _backbone=backbone)
 
 
@@ -134,7 +131,7 @@ def _best_pooling(
     return best
 
 
-def _resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tuple[str, TextLayout]:
+def resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tuple[str, TextLayout]:
     """Pooling and layout with their defaults filled in, within what the backbone can read."""
     pooling = pooling or default_pooling(backbone)
     if pooling not in POOLINGS:
@@ -148,26 +145,13 @@ def default_pooling(backbone: Backbone) -> str:
     return "last" if backbone.score is not None else "mean"
 
 
-def _settings(
-    backbone: Backbone,
-    layout: TextLayout,
-    pooling: str,
-    config: HeadConfig,
-    personal: HeadFit,
-    mixture: float,
-    train: Comparisons,
-) -> dict[str, Any]:
+def common_settings(backbone: Backbone, layout: TextLayout, pooling: str, train: Comparisons) -> dict[str, Any]:
+    """What every run records of the model it started from, of its data, and of how it reads text."""
     source = backbone.source
     return {
-        "aggregator": "linear_head",
-        "user_model": config.user_model,
-        "user_options": personal.users.options(),
-        "user_loss_alpha": config.user_loss_alpha,
         "pooling": pooling,
         "layout": layout.to_dict(),
         "reads_user_text": layout.user_text == "input" and any(row.user.text for row in train),
-        "mixture_strength": mixture,
-        "seed": config.seed,
         "model": {
             "name": source.name,
             "path": str(source.path.resolve()) if source.is_folder else "",
@@ -207,13 +191,13 @@ def _accuracy(fit: HeadFit, examples: Examples) -> dict[str, Any]:
     return wilson(float((0.5 * (torch.sign(margins) + 1)).sum()), len(examples))
 
 
-def _user_facts(train: FrozenFeatures) -> dict[str, dict[str, Any]]:
+def user_facts(rows: Sequence[Comparison], over_long: dict[str, int]) -> dict[str, dict[str, Any]]:
     """Per user id ("" for rows without one): comparisons, over-long ones, how often the longer response was chosen."""
     by_user: dict[str, list[Comparison]] = defaultdict(list)
-    for row in train.rows:
+    for row in rows:
         by_user[row.user.id or ""].append(row)
     return {
-        user: {**length_facts(mine), "over_long": train.over_long.get(user, 0), "origin": "trained"}
+        user: {**length_facts(mine), "over_long": over_long.get(user, 0), "origin": "trained"}
         for user, mine in sorted(by_user.items())
     }
 
@@ -226,20 +210,26 @@ def _divide(model: UserModel, scale: float) -> None:
             parameter.div_(scale)
 
 
-def _new_user_settings(
-    personal: HeadFit, sets: list[Examples], config: HeadConfig
+def new_user_settings(
+    users: UserModel, strength: float, sets: list[Examples], seed: int
 ) -> tuple[OffsetPrior | None, float, list[dict[str, float]]]:
-    """Prior of a new user's offset, or strength of a new user's mixture, chosen on validation rows of seen users."""
-    if config.user_model == "uniform":
+    """Prior of a new user's offset, or strength of a new user's mixture, chosen on validation rows of seen users.
+
+    Args:
+        users: in units of scaled features.
+        strength: of the trained offsets; 1 / strength is the variance that candidates are multiples of.
+        sets: training and validation rows.
+    """
+    if users.name == "uniform":
         return None, 0.0, []
-    trials = _prior_trials(personal.users, sets, config.seed)
-    if config.user_model == "cluster":
-        strength, tried = _choose_mixture(personal.users, trials)
-        return None, strength, tried
+    trials = _prior_trials(users, sets, seed)
+    if users.name == "cluster":
+        mixture, tried = _choose_mixture(users, trials)
+        return None, mixture, tried
     with torch.no_grad():
-        rows = torch.arange(1, min(personal.users.users, 10_000))
-        offsets = (personal.users(rows) - personal.users.row0()).numpy()
-    prior, tried = choose_prior(offsets, trials, personal.strength)
+        rows = torch.arange(1, min(users.users, 10_000))
+        offsets = (users(rows) - users.row0()).numpy()
+    prior, tried = choose_prior(offsets, trials, strength)
     return prior, 0.0, tried
 
 

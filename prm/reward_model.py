@@ -20,43 +20,15 @@ from ..core.pretrained import Backbone, find_model, load_backbone
 from ..core.scoring import Ranking, Scorer, ScoreRequest, ranking
 from ..core.splits import group_key
 from ..core.tokenize import TextLayout
-from ..core.users import ClusterUsers, UniformUsers, UserIndex, UserModel, make_user_model
+from ..core.users import UniformUsers, UserIndex, UserModel, make_user_model
 from .card import card
-from .features import FeatureReader, Text, feature_reader, over_long_by_user
-from .new_user import OffsetPrior, fit_mixture, fit_offsets
+from .features import FeatureReader, feature_reader, over_long_by_user, texts_of_requests
+from .linear_head import LinearHead
+from .soft_prompt import SoftPrompt
+from .tuned import full_source, load_tuned, tuned_backbone, weight_files
 
 KIND = "reward_model"
-CHUNK = 16384  # requests that are scored together
-
-
-@dataclass
-class LinearHead:
-    """What a linear-head model holds beside the users' vectors.
-
-    Attributes:
-        uniform: (D,) head of the uniform model trained on the same rows, the baseline of every figure.
-        scale: differences of hidden states are divided by it where heads are fitted.
-        prior: of a new user's offset, in units of scaled features; None where users have no offsets.
-    """
-
-    uniform: Tensor
-    scale: float
-    prior: OffsetPrior | None
-
-    def tensors(self) -> dict[str, Tensor]:
-        prior = self.prior or OffsetPrior(0.0, np.zeros((0, len(self.uniform)), dtype=np.float32))
-        return {
-            "uniform": self.uniform.contiguous(),
-            "scale": torch.tensor(self.scale, dtype=torch.float64),
-            "prior_isotropic": torch.tensor(prior.isotropic if self.prior else -1.0, dtype=torch.float64),
-            "prior_factor": torch.from_numpy(np.ascontiguousarray(prior.factor)),
-        }
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> "LinearHead":
-        isotropic = float(tensors["prior_isotropic"])
-        prior = OffsetPrior(isotropic, tensors["prior_factor"].numpy()) if isotropic >= 0 else None
-        return cls(tensors["uniform"], float(tensors["scale"]), prior)
+HEADS: dict[str, Any] = {head.aggregator: head for head in (LinearHead, SoftPrompt)}
 
 
 @dataclass
@@ -65,7 +37,7 @@ class AddedUser:
 
     Attributes:
         margins, row0_margins: of each of the user's comparisons when it was held out of the fit, and under row 0.
-        seconds: the fit alone.
+        seconds: the fits, those of the cross-validation included.
     """
 
     user_id: str
@@ -79,23 +51,27 @@ class AddedUser:
 class PersonalizedRewardModel:
     """Reward `r(x, y, u)` of response y to prompt x for user u, and for the unknown user (row 0).
 
-    With the linear head, `r = <e_u, h>`: h (D,) is the pooled last hidden state of a frozen backbone, e_u the user's
-    vector. A model is also a `Scorer`: call it with requests.
+    With the linear head, `r = <e_u, h>`: h (D,) is the pooled last hidden state of the backbone, e_u the user's
+    vector. With the soft prompt, e_u (K, D) stands before the text, and one head reads the pooled state. The backbone
+    is frozen, or was trained too (by LoRA or in full). A model is also a `Scorer`: call it with requests.
 
     Attributes:
         settings: how it was trained, resolved; kept in the artefact, like
         figures: what training measured, on its validation rows.
         show: whether long work shows its progress.
+        folder: where the weights of a trained backbone are read from.
     """
 
     users: UserIndex
     user_model: UserModel
-    head: LinearHead
+    head: LinearHead | SoftPrompt
     settings: dict[str, Any]
     figures: dict[str, Any]
     device: str | None = None
     show: bool = False
+    folder: Path | None = None
     _backbone: Backbone | None = None
+    _module: Any = None
 
     @classmethod
     def from_pretrained(
@@ -113,29 +89,44 @@ class PersonalizedRewardModel:
         manifest = artefact.load(folder, KIND)
         users = UserIndex.load(folder / "users.json")
         weights = load_file(folder / "user_model.safetensors")
-        head = LinearHead.of(load_file(folder / "head.safetensors"))
         made = manifest["settings"]
-        start = torch.zeros_like(head.uniform)
+        head = HEADS[made["aggregator"]].of(load_file(folder / "head.safetensors"))
         if model:
             made["model"] = {**made["model"], "name": model, "path": model if Path(model).is_dir() else ""}
+        start = torch.zeros(_shape(weights, made))
         user_model = make_user_model(made["user_model"], len(users), start, **made["user_options"])
         try:
             user_model.load_state_dict(weights)
         except RuntimeError as error:
             raise ArtefactError(f"{folder / 'user_model.safetensors'}: does not fit users.json: {error}") from None
-        return cls(users, user_model, head, made, manifest["figures"], device, show)
+        return cls(users, user_model, head, made, manifest["figures"], device, show, folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the run with its model card: all of it, or nothing (see `core.artefact`)."""
-        spread = self.user_model.spread()[1:].numpy()
-        text = card(self.settings, self.figures, spread)
+        folder = Path(folder)
+        text = card(self.settings, self.figures, self.user_model.spread()[1:].numpy())
+        state = {name: t.detach().cpu().contiguous() for name, t in self.user_model.state_dict().items()}
         files: dict[str, Callable[[Path], Any]] = {
             "users.json": self.users.save,
-            "user_model.safetensors": lambda path: save_file(dict(self.user_model.state_dict()), path),
+            "user_model.safetensors": lambda path: save_file(state, path),
             "head.safetensors": lambda path: save_file(self.head.tensors(), path),
             "README.md": lambda path: path.write_text(text, encoding="utf-8"),
         }
-        artefact.save(Path(folder), KIND, {"settings": self.settings, "figures": self.figures}, files)
+        keep: tuple[str, ...] = ()
+        if self.tuning != "frozen":
+            if self.folder and self.folder.resolve() == folder.resolve():
+                keep = tuple(self.settings["weights"])
+            else:
+                weights = weight_files(self.module, self.backbone.tokenizer, self.tuning)
+                self.settings["weights"] = sorted(weights)
+                files |= weights
+        artefact.save(folder, KIND, {"settings": self.settings, "figures": self.figures}, files, keep)
+        self.folder = self.folder or folder
+
+    @property
+    def tuning(self) -> str:
+        """`frozen`, `lora` or `full`: what was trained of the backbone."""
+        return str(self.settings.get("tuning", "frozen"))
 
     @property
     def layout(self) -> TextLayout:
@@ -143,38 +134,61 @@ class PersonalizedRewardModel:
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen backbone, loaded when it is first needed.
+        """The backbone, loaded when it is first needed.
 
         Raises:
-            ArtefactError: its weights are not those that the heads were trained on.
+            ArtefactError: its weights are not those that the run was trained on, or that it trained.
         """
         if self._backbone is None:
-            made = self.settings["model"]
-            source = find_model(made["path"] or made["name"])
-            if self.show:
-                print(source.origin, file=sys.stderr)
-            found = load_backbone(source, made["dtype"], self.device)
-            for what, seen, wanted in (
-                ("weights and configuration", found.fingerprint, made["fingerprint"]),
-                ("tokenizer and chat template", found.text_hash, made["text_hash"]),
-            ):
-                if seen != wanted:
-                    raise ArtefactError(
-                        f"model {made['name']}: its {what} have the hash {seen}, but this run was trained on {wanted} "
-                        f"({made['label']}, {made['dtype']})"
-                    )
-            self._backbone = found
+            self._load()
+        assert self._backbone is not None
         return self._backbone
+
+    @property
+    def module(self) -> Any:
+        """The transformers module of a run whose backbone or soft prompts were trained; peft's wrapper for LoRA."""
+        if self._module is None:
+            self._load()
+        return self._module
+
+    def _load(self) -> None:
+        base = self._base()
+        if self.tuning == "frozen" and self.head.aggregator == "linear_head":
+            self._backbone = base
+            return
+        from .module import classifier_of, reward_module
+
+        module = classifier_of(base)
+        if isinstance(self.head, SoftPrompt):
+            with torch.no_grad():
+                module.score.weight.copy_(self.head.weight)
+            made = self.settings
+            reward_module(module, self.user_model, "soft_prompt", made["pooling"], made["user_place"])
+        module.eval().requires_grad_(False)
+        if self.tuning == "lora":
+            assert self.folder is not None
+            module = load_tuned(module, self.folder)
+        self._module, self._backbone = module, tuned_backbone(base, module, self.tuning)
+        _check("trained weights", self._backbone.fingerprint, self.settings["fingerprint"], self.settings["model"])
+
+    def _base(self) -> Backbone:
+        """The model that training started from, or the whole model that it gave."""
+        made = self.settings["model"]
+        if self.tuning == "full":
+            assert self.folder is not None
+            return load_backbone(full_source(self.folder, made["label"]), made["dtype"], self.device)
+        source = find_model(made["path"] or made["name"])
+        if self.show:
+            print(source.origin, file=sys.stderr)
+        found = load_backbone(source, made["dtype"], self.device)
+        _check("weights and configuration", found.fingerprint, made["fingerprint"], made)
+        _check("tokenizer and chat template", found.text_hash, made["text_hash"], made)
+        return found
 
     def over_long(self, requests: Sequence[ScoreRequest]) -> int:
         """How many distinct texts are over the layout's `max_length`; scoring truncates them, whatever training did."""
-        texts = list(
-            {
-                (str(prompt), about, response): (prompt, about, response)
-                for prompt, about, response in _texts(requests)
-            }.values()
-        )
-        return int((self.reader.cut(texts) > 0).sum())
+        texts = {(str(text[0]), *text[1:]): text for text in texts_of_requests(requests)}
+        return int((self.reader.cut(list(texts.values())) > 0).sum())
 
     def over_long_by_user(self, rows: Sequence[Comparison]) -> dict[str, int]:
         """How many comparisons of each user are over the layout's `max_length`; scoring truncates them."""
@@ -189,41 +203,25 @@ class PersonalizedRewardModel:
 
     def prepare(self, requests: Sequence[ScoreRequest]) -> None:
         """Computes and caches what scoring the requests will need, with one progress bar for all of them."""
-        self.reader.positions(_texts(requests), self.show)
+        self.head.prepare(self, requests, self.show)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Tensor]:
         """Scores of each request's responses, one (N,) fp32 tensor each; unknown users by row 0.
 
-        A response is run through the backbone once, however many users and requests it occurs in, as long as no text
-        about a user is part of the input.
+        What is computed is cached on disk batch by batch. With the linear head a response is run through the backbone
+        once, however many users and requests it occurs in, as long as no text about a user is part of the input.
         """
-        return self._score(requests, self.user_model)
+        return self.head.score(self, requests, self.user_model, self.users)
 
     __call__ = score
 
-    def uniform_scorer(self) -> Scorer:
-        """The uniform model that was trained on the same rows."""
-        uniform = UniformUsers(1, self.head.uniform)
-        nobody = UserIndex()
-        return lambda requests: self._score(requests, uniform, nobody)
-
-    @torch.no_grad()
-    def _score(
-        self, requests: Sequence[ScoreRequest], model: UserModel, users: UserIndex | None = None
-    ) -> list[Tensor]:
-        index = users if users is not None else self.users
-        self.prepare(requests)
-        scores: list[Tensor] = []
-        for start in range(0, len(requests), CHUNK):
-            chunk = requests[start : start + CHUNK]
-            distinct, places = np.unique(self.reader.positions(_texts(chunk)), return_inverse=True)
-            states = self.reader.gather(distinct, self.settings["pooling"])  # (n, D)
-            rows, which = index.rows([r.user.id for r in chunk]).unique(return_inverse=True)
-            vectors = model(rows)  # (users of the chunk, D)
-            of_request = torch.from_numpy(places).split([len(r.responses) for r in chunk])
-            # Row by row, not as one product, whose rounding depends on the row's place: equal responses tie exactly.
-            scores += [(states[at] * vectors[i]).sum(1) for at, i in zip(of_request, which.tolist(), strict=True)]
-        return scores
+    def uniform_scorer(self) -> Scorer | None:
+        """The uniform model that was trained on the same rows; None where the backbone was trained as well."""
+        head = self.head
+        if not isinstance(head, LinearHead) or head.uniform is None:
+            return None
+        uniform, nobody = UniformUsers(1, head.uniform), UserIndex()
+        return lambda requests: head.score(self, requests, uniform, nobody)
 
     def rank(self, prompt: Prompt, responses: Sequence[str], users: Iterable[str | User | None]) -> list[Ranking]:
         """The responses in the order that each user likes them; `user_known` is False where row 0 decided."""
@@ -232,8 +230,14 @@ class PersonalizedRewardModel:
         scored = zip(requests, self.score(requests), strict=True)
         return [ranking(request, scores, self.knows(request.user)) for request, scores in scored]
 
-    def add_user(self, user_id: str, rows: Sequence[Comparison], replace: bool = False, folds: int = 10) -> AddedUser:
-        """Adds a user by a convex fit of their own part on their comparisons, everything else frozen.
+    def add_user(
+        self, user_id: str, rows: Sequence[Comparison], replace: bool = False, folds: int | None = None
+    ) -> AddedUser:
+        """Adds a user by a fit of their own part on their comparisons, everything else frozen.
+
+        Args:
+            folds: of the cross-validation; by default 10 for heads, whose fit is convex and takes a millisecond, and 4
+                for soft prompts, which are fitted by gradient.
 
         Raises:
             ValueError: the user is there already and `replace` is off, no comparisons, or the run has no user vectors.
@@ -244,51 +248,32 @@ class PersonalizedRewardModel:
             raise ValueError(f"user {user_id!r} is in this run already; fit them anew with --replace")
         if not rows:
             raise ValueError(f"user {user_id!r}: no comparisons to fit on")
-        z = self.scaled_differences(rows)
+        self.head.prepare_rows(self, rows)
         begun = time.perf_counter()
-        own = self._fit(z)
+        parts = _folds(rows, folds or (10 if self.head.aggregator == "linear_head" else 4))
+        own, margins, row0 = self.head.fit_user(self, rows, parts)
         seconds = time.perf_counter() - begun
-        held = np.empty(len(z))
-        parts = _folds(rows, folds)
-        for fold in range(parts.max() + 1):
-            out = parts == fold
-            held[out] = z[out] @ self._vector(self._fit(z[~out]))
         at = self.users.row(user_id) or self.users.add(user_id)
-        self.user_model.put_row(at, torch.from_numpy(own).float())
+        self.user_model.put_row(at, own)
         self.users.facts[user_id] = {**length_facts(rows), "origin": "added"}
-        return AddedUser(user_id, len(z), held, z @ self._row0(), seconds)
-
-    def scaled_differences(self, rows: Sequence[Comparison]) -> np.ndarray:
-        """(B, D) differences chosen - rejected of pooled hidden states, in the units that heads are fitted in."""
-        differences = self.reader.differences(rows, self.settings["pooling"], self.show)
-        return differences.div_(self.head.scale).numpy()
-
-    @torch.no_grad()
-    def _row0(self) -> np.ndarray:
-        """e_0 in units of scaled features, (D,)."""
-        return (self.user_model.row0() * self.head.scale).numpy()
-
-    def _fit(self, z: np.ndarray) -> np.ndarray:
-        """A new user's own row of the table: offset (D,) or cluster logits (C,), from z (k, D)."""
-        if isinstance(self.user_model, ClusterUsers):
-            centres = self.user_model.centres.detach().numpy() * self.head.scale  # (C, D)
-            prior = self.user_model.logits.weight[0].detach().numpy()
-            return fit_mixture(z @ centres.T, prior, self.settings["mixture_strength"])
-        assert self.head.prior is not None  # individualized runs always have one
-        offset = fit_offsets(z[None], (z @ self._row0())[None], self.head.prior)[0]
-        return offset / self.head.scale
-
-    @torch.no_grad()
-    def _vector(self, own: np.ndarray) -> np.ndarray:
-        """The vector (D,) that a fitted row stands for, in units of scaled features."""
-        if isinstance(self.user_model, ClusterUsers):
-            weights = torch.from_numpy(own).float().softmax(0)
-            return (weights @ self.user_model.centres).numpy() * self.head.scale
-        return own * self.head.scale + self._row0()
+        return AddedUser(user_id, len(rows), margins, row0, seconds)
 
 
-def _texts(requests: Sequence[ScoreRequest]) -> list[Text]:
-    return [(r.prompt, r.user.text, response) for r in requests for response in r.responses]
+def _shape(weights: dict[str, Tensor], made: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of an embedding: (K, D) for soft prompts, (D,) for heads."""
+    if "base" in weights:
+        return tuple(weights["base"].shape)
+    width = weights["centres" if "centres" in weights else "offsets.weight"].shape[1]
+    tokens = made.get("user_tokens", 1)
+    return (width,) if made["aggregator"] == "linear_head" else (tokens, width // tokens)
+
+
+def _check(what: str, seen: str, wanted: str, made: dict[str, Any]) -> None:
+    if seen != wanted:
+        raise ArtefactError(
+            f"model {made['name']}: its {what} have the hash {seen}, but this run was trained on {wanted} "
+            f"({made['label']}, {made['dtype']})"
+        )
 
 
 def _folds(rows: Sequence[Comparison], folds: int) -> np.ndarray:

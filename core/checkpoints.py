@@ -1,0 +1,127 @@
+"""Checkpoints of a training run: complete, or not there.
+
+A kill between the files of a checkpoint leaves one that transformers would resume from and die. Here a marker with
+every file's size is written last, and a run resumes from the newest checkpoint whose marker holds.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import rotate_checkpoints
+
+from .backbone import load_personal_state, personal_state
+
+MARK = "complete.json"
+PERSONAL_FILE = "personal.safetensors"
+
+
+def problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; a missing or cut file is named."""
+    try:
+        sizes = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{folder / MARK}: missing or damaged, so the checkpoint was never finished"
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            return f"{folder / name}: {'missing' if found is None else f'{found} bytes, expected {size}'}"
+    return None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoints of a run, newest first, complete or not."""
+    found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, and what is wrong with each newer one."""
+    problems: list[str] = []
+    for folder in checkpoints(run):
+        wrong = problem(folder)
+        if wrong is None:
+            return folder, problems
+        problems.append(wrong)
+    return None, problems
+
+
+def mark_complete(folder: Path) -> None:
+    """Writes the marker, after everything else is on disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK]
+    for path in files:
+        _to_disk(path)
+    new = folder / (MARK + ".new")
+    new.write_text(json.dumps({str(path.relative_to(folder)): path.stat().st_size for path in files}, indent=1))
+    _to_disk(new)
+    new.replace(folder / MARK)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+class CompleteCheckpoints:
+    """Goes in front of a trainer of transformers; its checkpoints also hold the users' vectors and the reward head."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock `train`; True resumes from the newest complete checkpoint, or starts where there is none.
+
+        Raises:
+            ValueError: the checkpoint that was named is not complete; the message names the file.
+        """
+        if resume_from_checkpoint is True:
+            found, _ = newest_complete(Path(cast(Any, self).args.output_dir))
+            resume_from_checkpoint = str(found) if found else None
+        elif resume_from_checkpoint:
+            wrong = problem(Path(resume_from_checkpoint))
+            if wrong:
+                raise ValueError(f"--resume-from-checkpoint: {wrong}")
+        return cast(Any, super()).train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        me: Any = self
+        run = Path(me._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{me.state.global_step}"
+        if me.is_world_process_zero() and folder.exists():
+            shutil.rmtree(folder)  # an unfinished one: resuming starts behind every complete one
+        me.accelerator.wait_for_everyone()
+        # Older checkpoints are thrown away only after this one is complete, and not by the stock code before that.
+        limit, me.args.save_total_limit = me.args.save_total_limit, None
+        try:
+            cast(Any, super())._save_checkpoint(model, trial)
+        finally:
+            me.args.save_total_limit = limit
+        me.accelerator.wait_for_everyone()
+        if me.is_world_process_zero():
+            mark_complete(folder)
+            if limit:
+                rotate_checkpoints(str(run), limit, me.state.best_model_checkpoint, use_mtime=False)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        me: Any = self
+        cast(Any, super())._save(output_dir, state_dict)
+        if me.args.should_save:
+            folder = Path(output_dir or me.args.output_dir)
+            save_file(personal_state(me.model, state_dict), folder / PERSONAL_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        cast(Any, super())._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_personal(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        me: Any = self
+        cast(Any, super())._load_best_model()
+        self._load_personal(me.state.best_model_checkpoint)
+
+    def _load_personal(self, folder: str) -> None:
+        me: Any = self
+        if not me.is_fsdp_enabled:  # sharded checkpoints hold all parameters in one
+            load_personal_state(me.model, load_file(Path(folder) / PERSONAL_FILE))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint holds users' vectors, which are published only when asked for."""

@@ -1,0 +1,250 @@
+"""What every personalized trainer adds to a trainer of TRL: the alpha mix, the users' learning rate, a stop at NaN.
+
+`alpha * loss(with the user) + (1 - alpha) * loss(user unknown)` on the same comparisons (Remark 4.1 of the paper). No
+loss is written here: the trainer's own `compute_loss` runs on each half of one forward pass.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .backbone import Place, is_user, unwrapped
+
+
+@dataclass
+class PersonalizedFields:
+    """Fields that a personalized trainer's configuration has beside those of TRL."""
+
+    user_model: Literal["individualized", "cluster", "uniform"] = field(
+        default="individualized", metadata={"help": "How users share what they like."}
+    )
+    user_tokens: int = field(default=10, metadata={"help": "K, vectors of a user's soft prompt."})
+    user_clusters: int = field(default=10, metadata={"help": "Number of clusters of the cluster user model."})
+    user_shared: bool = field(
+        default=True, metadata={"help": "False: individualized users without the shared e_0 (the paper's ablation)."}
+    )
+    user_place: Place = field(
+        default="prepend", metadata={"help": "Where a soft prompt stands: before the text, or after its BOS token."}
+    )
+    user_loss_alpha: float = field(
+        default=0.5, metadata={"help": "Weight of the loss with the user; the rest is row 0's."}
+    )
+    user_loss: Literal["exact", "sampled"] = field(
+        default="exact",
+        metadata={
+            "help": "exact: both losses of each comparison; sampled: one of them, drawn with probability alpha, which "
+            "is right on average and costs half the rows of a soft prompt."
+        },
+    )
+    user_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the users' vectors, which have no weight decay; default by what they are."}
+    )
+
+    def __post_init__(self) -> None:
+        cast(Any, super()).__post_init__()
+        if not 0 <= self.user_loss_alpha <= 1:
+            raise ValueError(f"user_loss_alpha must lie between 0 and 1, found {self.user_loss_alpha}")
+        for name, least in (("user_tokens", 0), ("user_clusters", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        if self.user_learning_rate is not None and not 0 <= self.user_learning_rate < float("inf"):
+            raise ValueError(f"user_learning_rate must be at least 0, found {self.user_learning_rate}")
+
+    def user_options(self, seed: int) -> dict[str, Any]:
+        """What `make_user_model` needs beside users and start."""
+        options: dict[str, dict[str, Any]] = {
+            "cluster": {"clusters": self.user_clusters, "seed": seed},
+            "individualized": {"shared": self.user_shared},
+        }
+        return options.get(self.user_model, {})
+
+
+class TrainingStopped(ValueError):
+    """A loss or gradient that is not a number; the last complete checkpoint is as it was."""
+
+
+class AlphaMix:
+    """Goes in front of a trainer of TRL whose batches hold `user_ids` (2B,) and `rows` (B,).
+
+    Attributes:
+        user_columns: columns of the data set that the collator needs beside TRL's.
+        generic_metrics: of the row-0 half, kept as `generic/...`.
+        places: row -> where it came from, for messages.
+    """
+
+    user_columns = ("user", "row")
+    generic_metrics: tuple[str, ...] = ()
+    places: Callable[[int], str] = str
+    _draws: tuple[int, int] = (-1, 0)  # step, micro-batches of it
+    _rows_of_step: tuple[int, list[int]] = (-1, [])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        me: Any = self
+        cast(Any, super())._set_signature_columns_if_needed()
+        me._signature_columns += [c for c in self.user_columns if c not in me._signature_columns]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The alpha mix of the stock loss; in evaluation always both halves, whatever training draws."""
+        me: Any = self
+        inputs = dict(inputs)
+        if "user_ids" not in inputs:
+            raise ValueError("no user_ids in the batch: give the trainer its own collator (0 is the unknown user)")
+        rows = inputs.pop("rows", None)
+        training, alpha = me.model.training, me.args.user_loss_alpha
+        if training and me.args.user_loss == "sampled":
+            inputs["user_ids"], alpha = self._drawn(inputs["user_ids"]), 1.0
+        elif not alpha:
+            inputs["user_ids"] = torch.zeros_like(inputs["user_ids"])
+        if alpha in (0.0, 1.0):
+            loss, outputs = cast(Any, super()).compute_loss(model, inputs, True, num_items_in_batch)
+            halves = [outputs]
+        else:
+            loss, halves = self._mixed(model, inputs, alpha, num_items_in_batch)
+        if training:
+            self._stop_at_nan(loss, rows)
+        elif rows is not None:
+            self.record(rows, inputs, halves)
+        return (loss, halves[0]) if return_outputs else loss
+
+    def _mixed(self, model: Any, inputs: dict[str, Any], alpha: float, items: Any) -> tuple[Tensor, list[Any]]:
+        me, stock = cast(Any, self), cast(Any, super())
+        metrics = me._metrics["train" if me.model.training else "eval"]
+        pass_of_both = _OnePass(model, self.double)
+        own, _ = stock.compute_loss(pass_of_both.half(0), inputs, True, items)
+        kept, tokens = {key: list(values) for key, values in metrics.items()}, me._total_train_tokens
+        metrics.clear()
+        unknown = {**inputs, "user_ids": torch.zeros_like(inputs["user_ids"])}
+        row0, _ = stock.compute_loss(pass_of_both.half(1), unknown, True, items)
+        generic = {f"generic/{key}": list(metrics[key]) for key in self.generic_metrics}
+        metrics.clear()
+        metrics.update(kept)
+        for key, values in generic.items():
+            metrics[key] = metrics[key] + values
+        me._total_train_tokens = tokens
+        return alpha * own + (1 - alpha) * row0, pass_of_both.halves
+
+    def double(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The rows of a forward pass twice: with their users, then with the unknown user; (R, ...) -> (2R, ...)."""
+        rows = len(given["input_ids"])
+        twice = {
+            key: torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == rows else value
+            for key, value in given.items()
+        }
+        return {**twice, "user_ids": and_unknown(given["user_ids"])}
+
+    def record(self, rows: Tensor, inputs: dict[str, Any], halves: list[Any]) -> None:
+        """Sees the outputs of every evaluation batch."""
+
+    def _drawn(self, user_ids: Tensor) -> Tensor:
+        """Users of (2B,) rows, both rows of a comparison unknown with probability 1 - alpha.
+
+        Every draw has a seed of its own, made of what a resumed run knows, so there is no state to save.
+        """
+        me: Any = self
+        step = me.state.global_step
+        self._draws = (step, self._draws[1] + 1 if self._draws[0] == step else 0)
+        name = f"{me.args.seed} {step} {self._draws[1]} {me.accelerator.process_index}"
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "big")
+        random = torch.rand(len(user_ids) // 2, generator=torch.Generator().manual_seed(seed))
+        keep = (random < me.args.user_loss_alpha).repeat(2).to(user_ids.device)  # (B,) -> (2B,)
+        return torch.where(keep, user_ids, 0)
+
+    def _stop_at_nan(self, loss: Tensor, rows: Tensor | None) -> None:
+        """Raises where any process has a loss that is not a number, in all of them."""
+        me: Any = self
+        here = [] if rows is None else rows.tolist()
+        step = me.state.global_step
+        self._rows_of_step = (step, (self._rows_of_step[1] if self._rows_of_step[0] == step else []) + here)
+        finite = me.accelerator.gather(torch.isfinite(loss.detach()).reshape(1))
+        if not finite.all():
+            bad = here if not torch.isfinite(loss) else []
+            raise TrainingStopped(f"step {step + 1}: the loss is not a number{self._told(bad)}")
+
+    def stop_at_bad_gradient(self) -> None:
+        """Raises before an update with a gradient that is not a number."""
+        me: Any = self
+        bad = [
+            name
+            for name, p in unwrapped(me.model).named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ]
+        if bad:
+            told = self._told(self._rows_of_step[1])
+            raise TrainingStopped(f"step {me.state.global_step + 1}: the gradient of {bad[0]} is not a number{told}")
+
+    def _told(self, rows: list[int]) -> str:
+        named = ", ".join(self.places(row) for row in rows[:8])
+        where = f", in the batch of {named}{' and others' if len(rows) > 8 else ''}" if rows else ""
+        return (
+            f"{where}; nothing was updated, complete checkpoints are as they were. Lower the learning rates, or --fp32"
+        )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The stock optimizer with the users' vectors in a group of their own: their learning rate, no weight decay."""
+        me: Any = self
+        given = me.optimizer is not None
+        optimizer = cast(Any, super()).create_optimizer(model)
+        named = (me.model if model is None else model).named_parameters()
+        users = [p for name, p in named if is_user(name) and p.requires_grad and p.numel()]
+        if given or not users:
+            return optimizer
+        own = set(map(id, users))
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+        optimizer.add_param_group({"params": users, "lr": self.user_learning_rate(), "weight_decay": 0.0})
+        return optimizer
+
+    def user_learning_rate(self) -> float:
+        """Learning rate of the users' vectors, with the default filled in."""
+        return float(cast(Any, self).args.user_learning_rate or 0.0)
+
+
+class StopAtBadGradient(TrainerCallback):
+    """Looks at the gradients before each update; see `AlphaMix.stop_at_bad_gradient`."""
+
+    def __init__(self, trainer: AlphaMix):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # In fp16 the gradient scaler skips such steps by itself.
+        if not args.fp16:
+            self.trainer.stop_at_bad_gradient()
+
+
+class _OnePass:
+    """One forward pass over both halves, handed out half by half to code that expects to call a model."""
+
+    def __init__(self, model: Any, double: Callable[[dict[str, Any]], dict[str, Any]]):
+        self.model, self.double = model, double
+        self.halves: list[Any] = []
+
+    def half(self, which: int) -> Callable[..., Any]:
+        def stand_in(**given: Any) -> Any:
+            if not self.halves:
+                self.halves = _halves(self.model(**self.double(given)), 2 * len(given["input_ids"]))
+            return self.halves[which]
+
+        return stand_in
+
+
+def _halves(out: Any, rows: int) -> list[Any]:
+    """Outputs of 2R rows -> of the first R and of the last R."""
+    parts: list[dict[str, Any]] = [defaultdict(), defaultdict()]
+    for key, value in out.items():
+        whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
+        for part, piece in zip(parts, value.chunk(2) if whole else (value, value), strict=True):
+            part[key] = piece
+    return [type(out)(**part) for part in parts]
+
+
+def and_unknown(user_ids: Tensor) -> Tensor:
+    """(R,) -> (2R,): the users, then row 0 as often."""
+    return torch.cat([user_ids, torch.zeros_like(user_ids)])

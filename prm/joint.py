@@ -1,0 +1,210 @@
+"""Comparisons -> user model, head and backbone trained together -> a reward model that can be saved."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..core.backbone import PLACES, unwrapped
+from ..core.comparisons import Comparisons, DataError
+from ..core.figures import wilson
+from ..core.pairs import TokenPairs, token_pairs
+from ..core.pretrained import Backbone
+from ..core.tokenize import RowTokenizer, TextLayout
+from ..core.users import UserIndex, UserModel, make_user_model
+from .features import feature_reader, over_long_by_user, over_long_notice
+from .fit import TRIAL_ROWS, TRIAL_USERS, common_settings, new_user_settings, resolve, user_facts
+from .heads import Examples
+from .linear_head import LinearHead
+from .module import classifier_of
+from .reward_model import PersonalizedRewardModel
+from .soft_prompt import SoftPrompt
+from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset
+from .tuned import TUNINGS, tuned_backbone
+
+
+def train_reward_model(
+    train: Comparisons,
+    validation: Comparisons,
+    backbone: Backbone,
+    layout: TextLayout,
+    args: PersonalizedRewardConfig,
+    tuning: str = "lora",
+    peft_config: Any = None,
+    show: bool = False,
+    callbacks: Any = None,
+) -> PersonalizedRewardModel:
+    """Trains a personalized reward model together with its backbone.
+
+    Args:
+        validation: rows by which the best step is chosen (`args.load_best_model_at_end`).
+        backbone: of its own: its weights are changed, or get an adapter.
+        tuning: of the backbone: `lora`, `full`, or `frozen` (soft prompts alone; for frozen linear heads
+            `fit_reward_model` is hundreds of times faster).
+        peft_config: for `lora`.
+
+    Raises:
+        DataError: rows that can't be trained on.
+        TrainingStopped: a loss or gradient that is not a number.
+    """
+    if tuning not in TUNINGS or (tuning == "lora") != (peft_config is not None):
+        raise ValueError(f"tuning {tuning!r}: must be one of {', '.join(TUNINGS)}; lora needs a peft_config")
+    pooling, resolved = resolve(backbone, layout, args.pooling)
+    args.pooling = pooling  # type: ignore[assignment]
+    tokenizer = RowTokenizer(backbone.tokenizer, resolved)
+    pairs = [token_pairs(rows, tokenizer) for rows in (train, validation)]
+    over_long = [over_long_by_user(rows, p.over) for rows, p in zip((train, validation), pairs, strict=True)]
+    for name, counts in zip(("train", "validation"), over_long, strict=True):
+        if counts:
+            verb = {"truncate": "truncated", "drop": "dropped"}[resolved.over_long]
+            print(over_long_notice(name, counts, resolved, verb), file=sys.stderr)
+    users = _users(train, pairs, backbone, args)
+    if tuning == "full":
+        backbone.model.requires_grad_(True)
+    trainer = PersonalizedRewardTrainer(
+        classifier_of(backbone),
+        args,
+        reward_dataset(pairs[0], users),
+        reward_dataset(pairs[1], users),
+        backbone.tokenizer,
+        users=len(users),
+        peft_config=peft_config,
+        places=lambda row: pairs[0].rows[row].place,
+        callbacks=callbacks,
+    )
+    begun = time.time()
+    trainer.train(args.resume_from_checkpoint)
+    trainer.evaluate()
+    spent = {"training_seconds": round(time.time() - begun, 1), **_costs(trainer)}
+    users.facts = user_facts(pairs[0].rows, over_long[0])
+    settings = {**common_settings(backbone, resolved, pooling, train), **_settings(trainer, tuning)}
+    left_out = {"train": train.dropped_counts, "validation": validation.dropped_counts}
+    figures = {
+        "rows": {"train": len(pairs[0].rows), "validation": len(pairs[1].rows)},
+        "left_out": left_out,
+        "over_long": {name: sum(c.values()) for name, c in zip(("train", "validation"), over_long, strict=True)},
+        **_validation_figures(trainer.margins(), users),
+        **spent,
+    }
+    return _finished(trainer, backbone, users, settings, figures, pairs, show)
+
+
+def _users(train: Comparisons, pairs: list[TokenPairs], backbone: Backbone, args: Any) -> UserIndex:
+    users = UserIndex.seen_in(row.user.id for row in pairs[0].rows)
+    if args.user_model != "uniform" and len(users) == 1:
+        raise DataError(f"{train.source}: no row has a user id, so there is no user to learn; use --user-model uniform")
+    bos = backbone.tokenizer.bos_token_id
+    if args.user_place == PLACES[1]:
+        for row, tokens in zip(pairs[0].rows, pairs[0].chosen, strict=True):
+            if bos is None or tokens.prompt_ids[:1] != (bos,):
+                raise DataError(
+                    f"{row.place}: does not begin with the BOS token, so --user-place after_bos has no place for the "
+                    "user; use prepend"
+                )
+    return users
+
+
+def _settings(trainer: PersonalizedRewardTrainer, tuning: str) -> dict[str, Any]:
+    args = trainer.args
+    users = _user_model(trainer)
+    return {
+        "aggregator": args.aggregator,
+        "tuning": tuning,
+        "user_model": args.user_model,
+        "user_options": users.options(),
+        "user_tokens": args.user_tokens,
+        "user_place": args.user_place,
+        "user_loss_alpha": args.user_loss_alpha,
+        "user_loss": args.user_loss,
+        "user_learning_rate": trainer.user_learning_rate(),
+        "learning_rate": args.learning_rate,
+        "epochs": args.num_train_epochs,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes,
+        "seed": args.seed,
+    }
+
+
+def _user_model(trainer: PersonalizedRewardTrainer) -> UserModel:
+    module = unwrapped(trainer.model)
+    return module.base_model.user_model if trainer.args.aggregator == "soft_prompt" else module.user_model
+
+
+def _costs(trainer: PersonalizedRewardTrainer) -> dict[str, Any]:
+    state = trainer.state
+    kept = state.best_model_checkpoint or ""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "steps": state.global_step,
+        "best_step": int(kept.rpartition("-")[2]) if kept else state.global_step,
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "peak_memory_gb": round((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak) / 2**30, 2),
+        "log": [dict(entry) for entry in state.log_history],
+    }
+
+
+def _validation_figures(margins: pd.DataFrame, users: UserIndex) -> dict[str, Any]:
+    """Log loss and accuracy on validation rows with the user and with row 0; each user's own go to the users' facts."""
+    sides = {"personal": margins["margin"].to_numpy(), "row0": margins["margin_row0"].to_numpy()}
+    right = {name: 0.5 + 0.5 * np.sign(m) for name, m in sides.items()}
+    table = pd.DataFrame({"user": margins["user"], **right}).groupby("user")
+    for user, part in table:
+        facts = users.facts.setdefault(users.ids[user - 1] if user else "", {})
+        facts["validation"] = {"n": len(part), **{name: round(float(part[name].mean()), 4) for name in right}}
+    return {
+        "validation_log_loss": {name: float(np.logaddexp(0, -m).mean()) for name, m in sides.items()},
+        "validation_accuracy": {name: wilson(float(values.sum()), len(values)) for name, values in right.items()},
+    }
+
+
+@torch.no_grad()
+def _finished(
+    trainer: PersonalizedRewardTrainer,
+    base: Backbone,
+    users: UserIndex,
+    settings: dict[str, Any],
+    figures: dict[str, Any],
+    pairs: list[TokenPairs],
+    show: bool,
+) -> PersonalizedRewardModel:
+    module, user_model = trainer.model, _user_model(trainer)
+    module.eval().requires_grad_(False)
+    inner = unwrapped(module)
+    backbone = tuned_backbone(base, module, settings["tuning"])
+    settings["fingerprint"] = backbone.fingerprint
+    if settings["aggregator"] == "soft_prompt":
+        head: LinearHead | SoftPrompt = SoftPrompt(inner.score.weight[0].detach().clone().cpu())
+    else:
+        inner.score.weight.copy_(user_model.row0())  # what a stock reader of the weights gets: the unknown user
+        reader = feature_reader(backbone, TextLayout(**settings["layout"]))
+        head, settings["mixture_strength"] = _linear_head(user_model, users, reader, pairs, settings, show)
+    return PersonalizedRewardModel(
+        users, user_model, head, settings, figures, show=show, _backbone=backbone, _module=module
+    )
+
+
+def _linear_head(
+    users: UserModel, index: UserIndex, reader: Any, pairs: list[TokenPairs], settings: dict[str, Any], show: bool
+) -> tuple[LinearHead, float]:
+    """What new users need: the scale of the trained states, and a prior chosen on validation rows."""
+    counts: dict[str | None, int] = {}
+    few = []
+    for row in pairs[0].rows:  # as many rows of as many users as the choice of a prior reads
+        counts[row.user.id] = counts.get(row.user.id, 0) + 1
+        if len(counts) <= TRIAL_USERS and counts[row.user.id] <= TRIAL_ROWS:
+            few.append(row)
+    parts = [few, pairs[1].rows]
+    z = [reader.differences(rows, settings["pooling"], show) for rows in parts]
+    scale = float(z[0].square().mean().sqrt().clamp_min(1e-12))
+    sets = [Examples(d / scale, index.rows([r.user.id for r in p])) for d, p in zip(z, parts, strict=True)]
+    scaled = make_user_model(users.name, users.users, torch.zeros(users.shape), **users.options())
+    with torch.no_grad():
+        for name, parameter in users.named_parameters():
+            scaled.get_parameter(name).copy_(parameter.cpu() * (1 if name == "logits.weight" else scale))
+        offsets = scaled(torch.arange(1, users.users)) - scaled.row0()
+    strength = 1 / float(offsets.square().mean().clamp_min(1e-8)) if len(offsets) else 1.0
+    prior, mixture, _ = new_user_settings(scaled, strength, sets, settings["seed"])
+    return LinearHead(None, scale, prior), mixture
