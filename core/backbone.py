@@ -6,12 +6,12 @@ A trainer of another library works on such a model unchanged.
 """
 
 import inspect
-from functools import cache
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from .subclass import hands_down, subclass
 from .users import UserModel
 
 Place = Literal["prepend", "after_bos"]
@@ -26,23 +26,25 @@ def personalize(model: Any, user_model: UserModel, place: Place = "prepend") -> 
     Args:
         model: any decoder of transformers, with or without a head.
         user_model: gives (R, K, D) soft prompts; K = 0 is the plain model.
-        place: where a row's K vectors go: before its first token, or after it (the BOS token, which then reads no
-            user).
+        place: where a row's K vectors go: before its first token, or after it. The first token, BOS, then reads no
+            user, and so neither does the prediction of the token after it.
 
     Returns:
         the same model; `model.generate(**inputs, user_ids=...)` works where the plain one does.
 
     Raises:
-        ValueError: the architecture can't take vectors in front of its text, or the user model is not a soft prompt.
+        ValueError: the architecture can't take vectors in front of its text, its head does not hand `user_ids` down,
+            or the user model is not a soft prompt.
     """
     backbone = model.base_model
-    _refuse(backbone, user_model, place)
+    _refuse(model, user_model, place)
     first = next(backbone.parameters())
     backbone.user_model = user_model.to(first.device)
     backbone.user_place = place
     backbone.__class__ = subclass(type(backbone), PersonalizedBackbone)
     if backbone is not model:
         model.__class__ = subclass(type(model), TakesUserIds)
+    keep_apart(backbone)
     keep_apart(model)
     return model
 
@@ -53,16 +55,8 @@ def keep_apart(model: Any) -> None:
     model._keys_to_ignore_on_save = set(model._keys_to_ignore_on_save or ()) | own
 
 
-@cache
-def subclass(base: type, mixin: type) -> type:
-    """A subclass under its parent's name, by which transformers and peft know what it is.
-
-    The class and not the instance is changed, because `deepcopy` of a patched instance would run the original's layers.
-    """
-    return base if issubclass(base, mixin) else type(base.__name__, (mixin, base), {"__module__": base.__module__})
-
-
-def _refuse(backbone: Any, user_model: UserModel, place: str) -> None:
+def _refuse(model: Any, user_model: UserModel, place: str) -> None:
+    backbone = model.base_model
     config, name = backbone.config, type(backbone).__name__
     if place not in PLACES:
         raise ValueError(f"user_place {place!r}: must be one of {', '.join(PLACES)}")
@@ -75,8 +69,10 @@ def _refuse(backbone: Any, user_model: UserModel, place: str) -> None:
     for is_so, why in (
         (config.is_encoder_decoder, "it is an encoder-decoder"),
         (lacking, f"its forward takes no {', '.join(lacking)}"),
-        (hybrid, f"it has layers that are not attention ({', '.join(sorted(hybrid))})"),
+        (hybrid, f"it has layers of a type that is not supported ({', '.join(sorted(hybrid))})"),
         (getattr(config, "hidden_size_per_layer_input", 0), "its layers have token embeddings of their own"),
+        (backbone.get_output_embeddings() is not None, "its head and its backbone are one module"),
+        ("forward" in vars(backbone), "its forward was replaced on the instance, as by a device map"),
         (config.get_text_config() is not config, "it is a composite; give its language model alone"),
         (
             place == "after_bos" and getattr(config, "bos_token_id", None) is None,
@@ -85,20 +81,17 @@ def _refuse(backbone: Any, user_model: UserModel, place: str) -> None:
     ):
         if is_so:
             raise ValueError(f"{name} can't read user vectors: {why}")
+    if backbone is not model and not hands_down(model):
+        raise ValueError(f"{type(model).__name__} can't read user vectors: it hands no user_ids down to its {name}")
 
 
 class TakesUserIds:
-    """A model with a head over a personalized backbone: has `user_ids` in its signature and hands it down.
+    """A model with a head over a personalized backbone: has `user_ids` in its signature and hands it down."""
 
-    In the signature of the class, because `generate` and trainers look there for what a model takes.
-    """
-
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, user_ids: Any = None, **rest: Any
-    ) -> Any:
+    def forward(self, *, user_ids: Tensor | None = None, **inputs: Any) -> Any:
         if user_ids is not None:
-            rest["user_ids"] = user_ids
-        return cast(Any, super()).forward(input_ids=input_ids, attention_mask=attention_mask, **rest)
+            inputs["user_ids"] = user_ids
+        return cast(Any, super()).forward(**inputs)
 
 
 class PersonalizedBackbone:
@@ -114,6 +107,7 @@ class PersonalizedBackbone:
 
     def forward(
         self,
+        *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -127,11 +121,12 @@ class PersonalizedBackbone:
         Args:
             input_ids: (R, T), padded on either side; with a filled cache, the tokens that are not in it.
             attention_mask: (R, T), or (R, past + T) with a filled cache; text only, the users' columns are added here.
-            position_ids: (R, T) or (1, T) positions of the text without users; by default counted along the mask.
+            position_ids: (R, T) or (1, T) positions of the text without users, one text in a row; by default counted
+                along the mask.
             user_ids: (R,) rows of the user model; None for the plain model.
 
         Returns:
-            what the plain model returns, with T states per row.
+            what the plain model returns, with T states per row; attentions are over all K + T.
         """
         plain: Any = super()
         width = self.user_model.shape[0]
@@ -141,7 +136,9 @@ class PersonalizedBackbone:
         if inputs_embeds is None:
             inputs_embeds = cast(Any, self).get_input_embeddings()(input_ids)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        _check_shapes(inputs_embeds, attention_mask, user_ids)
+        _check_inputs(inputs_embeds, attention_mask, user_ids, past_key_values)
+        if position_ids is not None and not past:
+            attention_mask = _mask_of_one_text(position_ids, attention_mask, inputs_embeds)
         before = self._text_before(attention_mask, inputs_embeds)
         mask = _with_users(attention_mask, before, width, None)
         positions = _positions(position_ids, mask, before, width, inputs_embeds.shape[1], past)
@@ -149,8 +146,10 @@ class PersonalizedBackbone:
             users = self.user_model(user_ids).to(inputs_embeds.dtype)  # (R, K, D)
             inputs_embeds = _with_users(inputs_embeds, before, width, users)
         keep = {"position_ids": positions, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-        out = plain.forward(attention_mask=mask, **keep, **rest)
-        return out if past else _cut(out, before, width)
+        named = rest.pop("return_dict", None)
+        out = plain.forward(attention_mask=mask, **keep, **rest, return_dict=True)
+        out = out if past else _cut(out, before, width)
+        return out if (cast(Any, self).config.return_dict if named is None else named) else out.to_tuple()
 
     def _text_before(self, mask: Tensor | None, embeds: Tensor) -> Tensor:
         """How many text columns of each row stand before its user vectors, padding on the left included: (R,).
@@ -164,11 +163,27 @@ class PersonalizedBackbone:
         return first + 1 if self.user_place == "after_bos" else first
 
 
-def _check_shapes(embeds: Tensor, mask: Tensor | None, user_ids: Tensor) -> None:
+def _check_inputs(embeds: Tensor, mask: Tensor | None, user_ids: Tensor, cache: Any) -> None:
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise ValueError("a personalized model reads a two-dimensional attention mask (no static cache, no packing)")
-    if user_ids.shape != embeds.shape[:1]:
-        raise ValueError(f"user_ids must be of shape ({len(embeds)},), one for each row, found {tuple(user_ids.shape)}")
+    if getattr(cache, "is_compileable", False):
+        raise ValueError("a static cache has no room for user vectors: leave cache_implementation out")
+    found = tuple(user_ids.shape) if isinstance(user_ids, Tensor) else f"a {type(user_ids).__name__}, not a tensor"
+    if found != embeds.shape[:1]:
+        raise ValueError(f"user_ids must be of shape ({len(embeds)},), one for each row, found {found}")
+
+
+def _mask_of_one_text(positions: Tensor, mask: Tensor | None, embeds: Tensor) -> Tensor:
+    """The text's mask (R, T), ones if there is none: without it, transformers reads a gap as the start of a next text.
+
+    Raises:
+        ValueError: the positions go back within a row, which then is several texts, packed.
+    """
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device) if mask is None else mask
+    text = mask.bool().to(positions.device)
+    if ((positions.diff(dim=1) < 0) & text[:, 1:] & text[:, :-1]).any():
+        raise ValueError("position_ids go back within a row: a personalized model reads one text in a row, not packed")
+    return mask
 
 
 def _with_users(text: Tensor | None, before: Tensor, width: int, users: Tensor | None) -> Tensor | None:
@@ -206,7 +221,12 @@ def _cut(out: Any, before: Tensor, width: int) -> Any:
     """Takes the users' positions out of the states that a backbone returns."""
     out.last_hidden_state = _without_users(out.last_hidden_state, before, width)
     if out.get("hidden_states") is not None:
-        out.hidden_states = tuple(_without_users(states, before, width) for states in out.hidden_states)
+        kept = (None if states is None else _without_users(states, before, width) for states in out.hidden_states)
+        out.hidden_states = tuple(kept)
+    if out.get("router_logits") is not None:
+        # (R * (K + T), E) each, flat, as a head's balancing loss takes them beside the text's mask.
+        apart = (logits.unflatten(0, (len(before), -1)) for logits in out.router_logits)
+        out.router_logits = tuple(_without_users(logits, before, width).flatten(0, 1) for logits in apart)
     return out
 
 

@@ -7,6 +7,7 @@ every file's size is written last, and a run resumes from the newest checkpoint 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from .backbone import load_personal_state, personal_state
 
 MARK = "complete.json"
+FACTS = "training.json"
 PERSONAL_FILE = "personal.safetensors"
 
 
@@ -47,6 +49,40 @@ def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
             return folder, problems
         problems.append(wrong)
     return None, problems
+
+
+def begin(run: Path, facts: dict[str, str], overwrite: bool, first: bool, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a command goes on from when it is run again; None where training starts.
+
+    Args:
+        facts: everything that training depends on, kept beside the checkpoints.
+        overwrite: throw away what is there.
+        first: of several processes, the one that writes.
+
+    Raises:
+        ValueError: there are checkpoints of other settings; the message names what differs.
+    """
+    told = run / FACTS
+    if checkpoints(run) and not overwrite:
+        before = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+        changed = sorted(key for key in {**before, **facts} if before.get(key) != facts.get(key))
+        if changed:
+            raise ValueError(
+                f"{run}: holds checkpoints of other settings ({', '.join(changed[:5])}); give another --output-dir, "
+                "the same settings to go on, or --overwrite"
+            )
+        found, problems = newest_complete(run)
+        for problem_of_one in problems:
+            say(f"left aside: {problem_of_one}")
+        if found:
+            say(f"going on from {found}")
+        return found
+    if first:
+        for folder in checkpoints(run):
+            shutil.rmtree(folder)
+        run.mkdir(parents=True, exist_ok=True)
+        told.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return None
 
 
 def mark_complete(folder: Path) -> None:

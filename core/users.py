@@ -110,12 +110,20 @@ class UserModel(nn.Module):
         """Writes what a fit of one user gave, an offset from row 0 or cluster logits; `at` = U appends a user."""
         raise ValueError(f"the {self.name} user model has one embedding for all, so no user can be added")
 
+    @torch.no_grad()
+    def vectors(self) -> Tensor:
+        """Everybody's embedding, row 0 first, on the CPU: (U, K*D) or (U, D)."""
+        chunks = [self(ids.to(self.device)) for ids in torch.arange(self.users).split(65536)]
+        return torch.cat(chunks).reshape(self.users, self.width).cpu()
+
+    def keep_rows(self, count: int) -> None:
+        """Forgets every user but those of the first `count` rows; 1 keeps the unknown user alone."""
+        self.users = count
+
     def spread(self) -> Tensor:
         """How far each user's embedding is from row 0's, in the norm of e_0: (U,)."""
-        with torch.no_grad():
-            chunks = [self(ids.to(self.device)) for ids in torch.arange(self.users).split(65536)]
-            vectors = torch.cat(chunks).cpu().reshape(self.users, self.width)  # (U, K*D) or (U, D)
-            return (vectors - vectors[0]).norm(dim=1) / vectors[0].norm().clamp_min(1e-12)
+        vectors = self.vectors()
+        return (vectors - vectors[0]).norm(dim=1) / vectors[0].norm().clamp_min(1e-12)
 
 
 class UniformUsers(UserModel):
@@ -166,6 +174,10 @@ class IndividualizedUsers(UserModel):
         self.offsets = _with_row(self.offsets, at, own if self.shared else own + self.offsets.weight[0].detach())
         self.users = len(self.offsets.weight)
 
+    def keep_rows(self, count: int) -> None:
+        self.offsets = _first_rows(self.offsets, count)
+        self.users = count
+
 
 class ClusterUsers(UserModel):
     """e_i = softmax(w_i) V: a mixture of C shared centres; row 0 is a row like the others.
@@ -201,11 +213,20 @@ class ClusterUsers(UserModel):
         self.logits = _with_row(self.logits, at, own)
         self.users = len(self.logits.weight)
 
+    def keep_rows(self, count: int) -> None:
+        self.logits = _first_rows(self.logits, count)
+        self.users = count
+
 
 def _with_row(table: nn.Embedding, at: int, row: Tensor) -> nn.Embedding:
     weight = table.weight.detach()
     new = torch.cat([weight[:at], row.detach().reshape(1, -1).to(weight), weight[at + 1 :]])
     return nn.Embedding(len(new), new.shape[1], padding_idx=table.padding_idx, _weight=new)
+
+
+def _first_rows(table: nn.Embedding, count: int) -> nn.Embedding:
+    weight = table.weight.detach()[:count].clone()
+    return nn.Embedding(count, weight.shape[1], padding_idx=table.padding_idx, _weight=weight)
 
 
 USER_MODELS: dict[str, type[UserModel]] = {

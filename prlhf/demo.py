@@ -129,9 +129,11 @@ def test_pool(learned: Learned) -> list[Candidates]:
 def regret_of_picks(learned: Learned, users: Sequence[User]) -> Regret:
     """What each user loses by the pick among a test prompt's responses."""
     personal = learned.personal
+    uniform = personal.uniform_scorer()
+    assert uniform is not None  # heads on a frozen model come with one
     arms = {
         "row0": row0(personal.score),
-        "uniform": personal.uniform_scorer(),
+        "uniform": uniform,
         "length_rule": length_rule(directions(personal)),
         "cluster": learned.models["cluster"].score,
         "personal": personal.score,

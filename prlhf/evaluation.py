@@ -16,14 +16,15 @@ def evaluate_model(
     group: str | None = None,
     further: Mapping[str, Scorer] | None = None,
 ) -> Evaluation:
-    """Evaluates a reward model beside its uniform model and the baselines of `evaluate`.
+    """Evaluates a reward model beside its uniform model, where it has one, and the baselines of `evaluate`.
 
     Args:
         name: the model's in the figures.
         group: column by which Accuracy-average is also given.
         further: other scorers to show beside it.
     """
-    baselines = {**(further or {}), "uniform": model.uniform_scorer()}
+    uniform = model.uniform_scorer()
+    baselines = {**(further or {}), **({} if uniform is None else {"uniform": uniform})}
     return evaluate(name, model.score, list(rows), model.knows, baselines, directions(model), group)
 
 

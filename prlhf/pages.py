@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from prlhf.core.comparisons import Comparisons
 from prlhf.core.figures import Figure
@@ -63,9 +62,10 @@ def _lead(source: str, found: Evaluation) -> list[str]:
     if own["top"]["value"] is not None and name == "uniform":
         lead.append(f"One model for everybody, it predicts {shown(own['top'])} of the choices.")
     elif own["top"]["value"] is not None:
+        everybody = f", one model for everybody {shown(accuracy['uniform']['top'])}" if "uniform" in accuracy else ""
         lead.append(
             f"Of the choices of users seen in training, this model predicts {shown(own['top'])}; without knowing the "
-            f"user it predicts {shown(own['top_row0'])}, one model for everybody {shown(accuracy['uniform']['top'])}, "
+            f"user it predicts {shown(own['top_row0'])}{everybody}, "
             f"and the best length rule of each user {shown(accuracy['length_rule']['top'])}."
         )
     if own["generic"]["value"] is not None:
@@ -78,8 +78,7 @@ def evaluation_sections(
 ) -> list[Section | None]:
     """Accuracy, users, groups and the map; `groups` names a group for the map for each user."""
     ids = list(model.users.ids)
-    with torch.no_grad():
-        vectors = model.user_model(torch.arange(len(model.users))).numpy()
+    vectors = model.user_model.vectors().numpy()
     grouped = None if groups is None else [groups.get(user, "") for user in ids]
     drawn = map_section(vectors, ids, grouped, PERSONAL_DATA)
     return [accuracy_section(found), users_section(found), groups_section(found), drawn]

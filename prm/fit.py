@@ -85,13 +85,8 @@ def fit_reward_model(
     pooling, resolved = resolve(backbone, layout, pooling)
     reader = feature_reader(backbone, resolved)
     parts = [frozen_features(rows, reader, pooling, show) for rows in (train, validation)]
-    for name, part in zip(("train", "validation"), parts, strict=True):
-        if part.over_long:
-            verb = {"truncate": "truncated", "drop": "dropped"}[resolved.over_long]
-            print(over_long_notice(name, part.over_long, resolved, verb), file=sys.stderr)
-    users = UserIndex.seen_in(row.user.id for row in parts[0].rows)
-    if config.user_model != "uniform" and len(users) == 1:
-        raise DataError(f"{train.source}: no row has a user id, so there is no user to learn; use --user-model uniform")
+    tell_over_long([part.over_long for part in parts], resolved)
+    users = users_of(parts[0].rows, train.source, config.user_model)
     # One scale for all dimensions: scaling each by itself did worse on validation rows of every data set tried.
     scale = float(parts[0].differences.square().mean().sqrt().clamp_min(1e-12))
     sets = [Examples(p.differences / scale, users.rows([r.user.id for r in p.rows])) for p in parts]
@@ -102,13 +97,8 @@ def fit_reward_model(
     figures = _figures(personal, uniform, sets, parts, prior_trials, left_out)
     settings = {
         **common_settings(backbone, resolved, pooling, train),
-        "aggregator": "linear_head",
-        "tuning": "frozen",
-        "user_model": config.user_model,
-        "user_options": personal.users.options(),
-        "user_loss_alpha": config.user_loss_alpha,
+        **_settings(config, personal.users.options()),
         "mixture_strength": mixture,
-        "seed": config.seed,
     }
     head = LinearHead(uniform.users.row0().detach() / scale, scale, prior)
     _divide(personal.users, scale)
@@ -143,6 +133,37 @@ def resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tupl
 def default_pooling(backbone: Backbone) -> str:
     """`last` where a stock reward model's own head reads it, else `mean` (see docs/results.md for the measurement)."""
     return "last" if backbone.score is not None else "mean"
+
+
+def tell_over_long(by_part: Sequence[dict[str, int]], layout: TextLayout) -> None:
+    """Says on the terminal which training and validation rows the length policy met."""
+    for name, by_user in zip(("train", "validation"), by_part, strict=True):
+        if by_user:
+            verb = {"truncate": "truncated", "drop": "dropped"}[layout.over_long]
+            print(over_long_notice(name, by_user, layout, verb), file=sys.stderr)
+
+
+def users_of(rows: Sequence[Comparison], source: str, user_model: str) -> UserIndex:
+    """The users of the rows.
+
+    Raises:
+        DataError: there are none, and the user model needs some.
+    """
+    users = UserIndex.seen_in(row.user.id for row in rows)
+    if user_model != "uniform" and len(users) == 1:
+        raise DataError(f"{source}: no row has a user id, so there is no user to learn; use --user-model uniform")
+    return users
+
+
+def _settings(config: HeadConfig, options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "aggregator": "linear_head",
+        "tuning": "frozen",
+        "user_model": config.user_model,
+        "user_options": options,
+        "user_loss_alpha": config.user_loss_alpha,
+        "seed": config.seed,
+    }
 
 
 def common_settings(backbone: Backbone, layout: TextLayout, pooling: str, train: Comparisons) -> dict[str, Any]:

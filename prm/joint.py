@@ -3,21 +3,31 @@
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..core.backbone import PLACES, unwrapped
-from ..core.comparisons import Comparisons, DataError
+from ..core.backbone import unwrapped
+from ..core.comparisons import Comparison, Comparisons, DataError
 from ..core.figures import wilson
 from ..core.pairs import TokenPairs, token_pairs
 from ..core.pretrained import Backbone
 from ..core.tokenize import RowTokenizer, TextLayout
 from ..core.users import UserIndex, UserModel, make_user_model
-from .features import feature_reader, over_long_by_user, over_long_notice
-from .fit import TRIAL_ROWS, TRIAL_USERS, common_settings, new_user_settings, resolve, user_facts
+from .features import feature_reader, over_long_by_user
+from .fit import (
+    TRIAL_ROWS,
+    TRIAL_USERS,
+    common_settings,
+    new_user_settings,
+    resolve,
+    tell_over_long,
+    user_facts,
+    users_of,
+)
 from .heads import Examples
 from .linear_head import LinearHead
 from .module import classifier_of
@@ -55,57 +65,66 @@ def train_reward_model(
         raise ValueError(f"tuning {tuning!r}: must be one of {', '.join(TUNINGS)}; lora needs a peft_config")
     pooling, resolved = resolve(backbone, layout, args.pooling)
     args.pooling = pooling  # type: ignore[assignment]
-    tokenizer = RowTokenizer(backbone.tokenizer, resolved)
-    pairs = [token_pairs(rows, tokenizer) for rows in (train, validation)]
-    over_long = [over_long_by_user(rows, p.over) for rows, p in zip((train, validation), pairs, strict=True)]
-    for name, counts in zip(("train", "validation"), over_long, strict=True):
-        if counts:
-            verb = {"truncate": "truncated", "drop": "dropped"}[resolved.over_long]
-            print(over_long_notice(name, counts, resolved, verb), file=sys.stderr)
-    users = _users(train, pairs, backbone, args)
+    rows = _Rows.of(train, validation, backbone, resolved, args)
     if tuning == "full":
         backbone.model.requires_grad_(True)
     trainer = PersonalizedRewardTrainer(
         classifier_of(backbone),
         args,
-        reward_dataset(pairs[0], users),
-        reward_dataset(pairs[1], users),
+        *(reward_dataset(part, rows.users) for part in rows.pairs),
         backbone.tokenizer,
-        users=len(users),
+        users=len(rows.users),
         peft_config=peft_config,
-        places=lambda row: pairs[0].rows[row].place,
+        places=lambda row: rows.pairs[0].rows[row].place,
         callbacks=callbacks,
     )
     begun = time.time()
     trainer.train(args.resume_from_checkpoint)
     trainer.evaluate()
     spent = {"training_seconds": round(time.time() - begun, 1), **_costs(trainer)}
-    users.facts = user_facts(pairs[0].rows, over_long[0])
     settings = {**common_settings(backbone, resolved, pooling, train), **_settings(trainer, tuning)}
     left_out = {"train": train.dropped_counts, "validation": validation.dropped_counts}
-    figures = {
-        "rows": {"train": len(pairs[0].rows), "validation": len(pairs[1].rows)},
-        "left_out": left_out,
-        "over_long": {name: sum(c.values()) for name, c in zip(("train", "validation"), over_long, strict=True)},
-        **_validation_figures(trainer.margins(), users),
-        **spent,
-    }
-    return _finished(trainer, backbone, users, settings, figures, pairs, show)
+    figures = {**rows.figures(), "left_out": left_out, **_validation_figures(trainer.margins(), rows.users), **spent}
+    return _finished(trainer, backbone, rows, settings, figures, show)
 
 
-def _users(train: Comparisons, pairs: list[TokenPairs], backbone: Backbone, args: Any) -> UserIndex:
-    users = UserIndex.seen_in(row.user.id for row in pairs[0].rows)
-    if args.user_model != "uniform" and len(users) == 1:
-        raise DataError(f"{train.source}: no row has a user id, so there is no user to learn; use --user-model uniform")
-    bos = backbone.tokenizer.bos_token_id
-    if args.user_place == PLACES[1]:
-        for row, tokens in zip(pairs[0].rows, pairs[0].chosen, strict=True):
-            if bos is None or tokens.prompt_ids[:1] != (bos,):
-                raise DataError(
-                    f"{row.place}: does not begin with the BOS token, so --user-place after_bos has no place for the "
-                    "user; use prepend"
-                )
-    return users
+@dataclass
+class _Rows:
+    """Training and validation rows as token ids, their users, and what the length policy met."""
+
+    pairs: list[TokenPairs]
+    over_long: list[dict[str, int]]
+    users: UserIndex
+
+    @classmethod
+    def of(
+        cls, train: Comparisons, validation: Comparisons, backbone: Backbone, layout: TextLayout, args: Any
+    ) -> "_Rows":
+        tokenizer = RowTokenizer(backbone.tokenizer, layout)
+        pairs = [token_pairs(rows, tokenizer) for rows in (train, validation)]
+        over_long = [over_long_by_user(rows, p.over) for rows, p in zip((train, validation), pairs, strict=True)]
+        tell_over_long(over_long, layout)
+        users = users_of(pairs[0].rows, train.source, args.user_model)
+        users.facts = user_facts(pairs[0].rows, over_long[0])
+        if args.user_place == "after_bos":
+            _check_bos(pairs[0], backbone.tokenizer.bos_token_id)
+        return cls(pairs, over_long, users)
+
+    def figures(self) -> dict[str, Any]:
+        names = ("train", "validation")
+        return {
+            "rows": {name: len(part.rows) for name, part in zip(names, self.pairs, strict=True)},
+            "over_long": {name: sum(c.values()) for name, c in zip(names, self.over_long, strict=True)},
+        }
+
+
+def _check_bos(pairs: TokenPairs, bos: int | None) -> None:
+    for row, tokens in zip(pairs.rows, pairs.chosen, strict=True):
+        if bos is None or tokens.prompt_ids[:1] != (bos,):
+            raise DataError(
+                f"{row.place}: does not begin with the BOS token, so --user-place after_bos has no place for the user; "
+                "use prepend"
+            )
 
 
 def _settings(trainer: PersonalizedRewardTrainer, tuning: str) -> dict[str, Any]:
@@ -164,10 +183,9 @@ def _validation_figures(margins: pd.DataFrame, users: UserIndex) -> dict[str, An
 def _finished(
     trainer: PersonalizedRewardTrainer,
     base: Backbone,
-    users: UserIndex,
+    rows: _Rows,
     settings: dict[str, Any],
     figures: dict[str, Any],
-    pairs: list[TokenPairs],
     show: bool,
 ) -> PersonalizedRewardModel:
     module, user_model = trainer.model, _user_model(trainer)
@@ -180,26 +198,20 @@ def _finished(
     else:
         inner.score.weight.copy_(user_model.row0())  # what a stock reader of the weights gets: the unknown user
         reader = feature_reader(backbone, TextLayout(**settings["layout"]))
-        head, settings["mixture_strength"] = _linear_head(user_model, users, reader, pairs, settings, show)
+        head, settings["mixture_strength"] = _linear_head(user_model, rows, reader, settings, show)
     return PersonalizedRewardModel(
-        users, user_model, head, settings, figures, show=show, _backbone=backbone, _module=module
+        rows.users, user_model, head, settings, figures, show=show, _backbone=backbone, _module=module
     )
 
 
 def _linear_head(
-    users: UserModel, index: UserIndex, reader: Any, pairs: list[TokenPairs], settings: dict[str, Any], show: bool
+    users: UserModel, rows: _Rows, reader: Any, settings: dict[str, Any], show: bool
 ) -> tuple[LinearHead, float]:
     """What new users need: the scale of the trained states, and a prior chosen on validation rows."""
-    counts: dict[str | None, int] = {}
-    few = []
-    for row in pairs[0].rows:  # as many rows of as many users as the choice of a prior reads
-        counts[row.user.id] = counts.get(row.user.id, 0) + 1
-        if len(counts) <= TRIAL_USERS and counts[row.user.id] <= TRIAL_ROWS:
-            few.append(row)
-    parts = [few, pairs[1].rows]
-    z = [reader.differences(rows, settings["pooling"], show) for rows in parts]
+    parts = [_few(rows.pairs[0].rows), rows.pairs[1].rows]
+    z = [reader.differences(part, settings["pooling"], show) for part in parts]
     scale = float(z[0].square().mean().sqrt().clamp_min(1e-12))
-    sets = [Examples(d / scale, index.rows([r.user.id for r in p])) for d, p in zip(z, parts, strict=True)]
+    sets = [Examples(d / scale, rows.users.rows([r.user.id for r in p])) for d, p in zip(z, parts, strict=True)]
     scaled = make_user_model(users.name, users.users, torch.zeros(users.shape), **users.options())
     with torch.no_grad():
         for name, parameter in users.named_parameters():
@@ -208,3 +220,14 @@ def _linear_head(
     strength = 1 / float(offsets.square().mean().clamp_min(1e-8)) if len(offsets) else 1.0
     prior, mixture, _ = new_user_settings(scaled, strength, sets, settings["seed"])
     return LinearHead(None, scale, prior), mixture
+
+
+def _few(rows: list[Comparison]) -> list[Comparison]:
+    """As many rows of as many users as the choice of a prior reads."""
+    counts: dict[str | None, int] = {}
+    kept = []
+    for row in rows:
+        counts[row.user.id] = counts.get(row.user.id, 0) + 1
+        if len(counts) <= TRIAL_USERS and counts[row.user.id] <= TRIAL_ROWS:
+            kept.append(row)
+    return kept

@@ -1,5 +1,6 @@
 """PersonalizedRewardModel: scores and ranks responses per user (P-RM, appendix F.2 of the paper)."""
 
+import json
 import sys
 import time
 from collections import defaultdict
@@ -99,7 +100,11 @@ class PersonalizedRewardModel:
             user_model.load_state_dict(weights)
         except RuntimeError as error:
             raise ArtefactError(f"{folder / 'user_model.safetensors'}: does not fit users.json: {error}") from None
-        return cls(users, user_model, head, made, manifest["figures"], device, show, folder)
+        figures = manifest["figures"]
+        if "metrics.jsonl" in manifest["files"]:
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            figures["log"] = [json.loads(line) for line in lines]
+        return cls(users, user_model, head, made, figures, device, show, folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the run with its model card: all of it, or nothing (see `core.artefact`)."""
@@ -112,6 +117,10 @@ class PersonalizedRewardModel:
             "head.safetensors": lambda path: save_file(self.head.tensors(), path),
             "README.md": lambda path: path.write_text(text, encoding="utf-8"),
         }
+        figures = {key: value for key, value in self.figures.items() if key != "log"}
+        if "log" in self.figures:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.figures["log"])
+            files["metrics.jsonl"] = lambda path: path.write_text(lines, encoding="utf-8")
         keep: tuple[str, ...] = ()
         if self.tuning != "frozen":
             if self.folder and self.folder.resolve() == folder.resolve():
@@ -120,7 +129,7 @@ class PersonalizedRewardModel:
                 weights = weight_files(self.module, self.backbone.tokenizer, self.tuning)
                 self.settings["weights"] = sorted(weights)
                 files |= weights
-        artefact.save(folder, KIND, {"settings": self.settings, "figures": self.figures}, files, keep)
+        artefact.save(folder, KIND, {"settings": self.settings, "figures": figures}, files, keep)
         self.folder = self.folder or folder
 
     @property

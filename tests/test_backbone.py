@@ -632,7 +632,7 @@ REFUSED: dict[str, tuple[Any, PretrainedConfig, str]] = {
     "hybrid": (
         AutoModelForCausalLM,
         Qwen3NextConfig(**GROUPED, num_experts=2, moe_intermediate_size=8, shared_expert_intermediate_size=8),
-        r"Qwen3NextModel can't read user vectors: it has layers that are not attention \(linear_attention\)",
+        r"Qwen3NextModel can't read user vectors: it has layers of a type that is not supported \(linear_attention\)",
     ),
     "composite": (
         AutoModelForImageTextToText,

@@ -22,6 +22,7 @@ def test_commands_and_flags_exist() -> None:
 
     from prlhf.cli import app
     from prlhf.prm.arguments import RewardArguments
+    from prlhf.prm.trainer import PersonalizedRewardConfig
 
     group = typer.main.get_command(app)
     lines = re.findall(r"^prlhf ((?:.|\\\n)+?)$", README.replace("\\\n", " "), re.MULTILINE)
@@ -34,5 +35,6 @@ def test_commands_and_flags_exist() -> None:
                 break
             command, rest = command.commands[rest[0]], rest[1:]
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-        known |= {f"--{name.replace('_', '-')}" for name in RewardArguments.__dataclass_fields__}
+        kinds = (RewardArguments, PersonalizedRewardConfig)
+        known |= {f"--{name.replace('_', '-')}" for kind in kinds for name in kind.__dataclass_fields__}
         assert {word for word in rest if word.startswith("--")} <= known, line

@@ -95,14 +95,25 @@ def list_users(run: RunOption, json: Json = False) -> None:
             "comparisons": f.get("comparisons", 0),
             "origin": f.get("origin", ""),
             "distance_from_row0": d,
+            **({"validation": f["validation"]} if "validation" in f else {}),
         }
         for user, f, d in zip(model.users.ids, facts, spread[1:], strict=True)
     ]
     if json:
         print_json({"run": str(run), "users": users})
         return
+    columns = ["user", "comparisons", "origin", "distance from row 0"]
     cells = [(u["user_id"], f"{u['comparisons']:,}", u["origin"], f"{u['distance_from_row0']:.2f}") for u in users]
-    table(f"{run}: {len(users):,} users", ["user", "comparisons", "origin", "distance from row 0"], cells)
+    if any("validation" in u for u in users):
+        columns += ["validation rows", "accuracy", "of row 0"]
+        cells = [(*cell, *_on_validation(u)) for cell, u in zip(cells, users, strict=True)]
+    table(f"{run}: {len(users):,} users", columns, cells)
+
+
+def _on_validation(user: dict[str, Any]) -> tuple[str, ...]:
+    """What training measured of one user on validation rows, where there were any."""
+    seen = user.get("validation")
+    return (f"{seen['n']:,}", f"{100 * seen['personal']:.1f} %", f"{100 * seen['row0']:.1f} %") if seen else ("-",) * 3
 
 
 @app.command()
@@ -110,16 +121,17 @@ def export(
     run: RunOption,
     out: Annotated[Path, typer.Option(help=".parquet or .jsonl: user_id and vector, row 0 first (null).")],
 ) -> None:
-    """Write every user's vector, in units of the backbone's hidden states. The vectors are personal data."""
+    """Write every user's vector: a head in units of hidden states, or a soft prompt, vector after vector.
+
+    The vectors are personal data.
+    """
     check_table_path("--out", out)
     import pandas as pd
-    import torch
 
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     model = PersonalizedRewardModel.from_pretrained(run)
-    with torch.no_grad():
-        vectors = model.user_model(torch.arange(len(model.users))).numpy()
+    vectors = model.user_model.vectors().numpy()
     frame = pd.DataFrame({"user_id": [None, *model.users.ids], "vector": list(vectors)})
     write_table(frame, out)
-    tell(f"{out}: {len(frame) - 1:,} users and row 0, {vectors.shape[1]} numbers each")
+    tell(f"{out}: {len(frame) - 1:,} users and row 0, {' x '.join(map(str, model.user_model.shape))} numbers each")

@@ -1,0 +1,90 @@
+"""What leaves a run: a copy for the hub, without users' data unless asked, and plain weights for other readers."""
+
+import copy
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..core.artefact import ArtefactError
+from ..core.users import UserIndex, UserModel
+from .module import classifier_of
+from .reward_model import PersonalizedRewardModel
+
+TABLE = "user_model.safetensors"
+
+
+def without_users(model: PersonalizedRewardModel) -> PersonalizedRewardModel:
+    """The same model with row 0 alone: no vectors, ids or facts of users, and no paths of this machine."""
+    users: UserModel = copy.deepcopy(model.user_model).cpu()
+    users.keep_rows(1)
+    settings = copy.deepcopy(model.settings)
+    if settings["model"]["path"]:  # a folder of this machine, and not a name of the hub
+        settings["model"] |= {"path": "", "name": settings["model"]["label"]}
+    settings["data"]["source"] = Path(str(settings["data"]["source"])).name
+    return replace(model, users=UserIndex(), user_model=users, head=model.head.without_users(), settings=settings)
+
+
+def push_to_hub(
+    model: PersonalizedRewardModel,
+    repo_id: str,
+    with_users: bool = False,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Publishes a run, and gives its address.
+
+    Args:
+        with_users: also ids, vectors and facts of the users, which are personal data; paths of this machine never.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="prlhf-") as work:
+        folder = Path(work) / "run"
+        public = without_users(model)
+        if with_users:
+            public = replace(public, users=model.users, user_model=model.user_model, head=model.head)
+        replace(public, folder=None).save_pretrained(folder)
+        (folder / ".lock").unlink(missing_ok=True)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message="Personalized reward model")
+    return str(address)
+
+
+@torch.no_grad()
+def export(model: PersonalizedRewardModel, folder: str | Path, merged: bool = True) -> None:
+    """Writes plain weights for readers that know nothing of this library.
+
+    A reward model as transformers writes it, whose head is row 0's (linear head) or the one head (soft prompt), its
+    tokenizer, `user_model.safetensors` with `vectors` (U, D) or (U, K, D), row 0 first, and `users.json`.
+
+    Args:
+        merged: LoRA weights are added to the base model; else the base model's weights are written as they were, and
+            the adapter beside them in `adapter/`.
+
+    Raises:
+        ArtefactError: the folder is there and not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ArtefactError(f"{folder}: is there already; give another folder")
+    head = model.head.weight if model.head.aggregator == "soft_prompt" else model.user_model.row0()  # type: ignore
+    if model.tuning == "frozen":
+        plain = classifier_of(model.backbone)
+    elif model.tuning == "full":
+        plain = copy.deepcopy(model.module)
+    else:
+        plain = copy.deepcopy(model.module)
+        if not merged:
+            plain.save_pretrained(folder / "adapter")
+        plain = plain.merge_and_unload() if merged else plain.unload()
+    plain.score = copy.deepcopy(plain.score)
+    plain.score.weight.copy_(head.reshape(1, -1))
+    plain.save_pretrained(folder)
+    model.backbone.tokenizer.save_pretrained(folder)
+    ids = torch.arange(len(model.users), device=model.user_model.device)
+    save_file({"vectors": model.user_model(ids).cpu().contiguous()}, folder / TABLE)
+    model.users.save(folder / "users.json")
