@@ -60,14 +60,14 @@ def simulated(_: str | None) -> Setting:
     """Two tastes, 12 seen and 4 unseen users: LoRA must learn what frozen states tell only in part."""
     plan = SimulationPlan(users=16, comparisons=120, properties=("length", "exclamation"), seed=SEED)
     _, parts = simulated_parts(POOL, plan, SplitPlan("prompt", 0.1, 0.25, 0.25, SEED))
-    linear = {"num_train_epochs": 6, "group_by_prompt": True, "per_device_train_batch_size": 32}
+    linear = {"num_train_epochs": 4, "group_by_prompt": True, "per_device_train_batch_size": 32}
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
         "linear_head": linear,
         "soft_prompt": {**SOFT, "num_train_epochs": 3},
-        "uniform": {**linear, "user_model": "uniform", "num_train_epochs": 3},
+        "uniform": {**linear, "user_model": "uniform", "num_train_epochs": 2},
     }
-    return Setting(parts, TextLayout(user_text="ignore"), arms)
+    return Setting(parts, TextLayout("none", user_text="ignore"), arms)
 
 
 def stated(_: str | None) -> Setting:
@@ -76,9 +76,9 @@ def stated(_: str | None) -> Setting:
     plan = SimulationPlan(users=40, comparisons=24, properties=names, stated=True, mirrored=True, seed=SEED)
     _, parts = simulated_parts(POOL, plan, SplitPlan("prompt", 0.1, 0.25, 0.25, SEED))
     arms = {
-        "reads_text": {"user_model": "uniform", "num_train_epochs": 4, "train_sampling_strategy": "group_by_length"}
+        "reads_text": {"user_model": "uniform", "num_train_epochs": 3, "train_sampling_strategy": "group_by_length"}
     }
-    return Setting(parts, TextLayout(), arms)
+    return Setting(parts, TextLayout("none"), arms)
 
 
 def personas8(data: str | None) -> Setting:
@@ -86,8 +86,8 @@ def personas8(data: str | None) -> Setting:
     whole = load_comparisons(data or "")
     parts = split(whole, SplitPlan("prompt", seed=SEED))
     few = {"train": first_rows(parts["train"], 60), "validation": first_rows(parts["validation"], 12)}
-    few["test"] = first_rows(parts["test"], 50)
-    common = {"num_train_epochs": 1.5, "train_sampling_strategy": "group_by_length"}
+    few["test"] = first_rows(parts["test"], 40)
+    common = {"num_train_epochs": 1, "train_sampling_strategy": "group_by_length"}
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
         "linear_head": common,
@@ -103,7 +103,7 @@ def prefeval(data: str | None) -> Setting:
     arms = {
         "reads_text": {"user_model": "uniform", "num_train_epochs": 1, "train_sampling_strategy": "group_by_length"}
     }
-    return Setting(parts, TextLayout(), arms)
+    return Setting(parts, TextLayout("none"), arms)
 
 
 SOFT = {
@@ -161,8 +161,8 @@ def config(run: Path, options: dict[str, Any]) -> PersonalizedRewardConfig:
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "logging_steps": 5,
-        "eval_steps": 0.2,
-        "save_steps": 0.2,
+        "eval_steps": 0.25,
+        "save_steps": 0.25,
         "gradient_checkpointing": False,
         "resume_from_checkpoint": True,
         "seed": SEED,

@@ -33,6 +33,10 @@ _PLACES = {
     "HeadConfig": "prm.head_config",
     "PersonalizedRewardModel": "prm.reward_model",
     "fit_reward_model": "prm.fit",
+    "train_reward_model": "prm.joint",
+    "PersonalizedRewardConfig": "prm.trainer",
+    "PersonalizedRewardTrainer": "prm.trainer",
+    "personalize": "core.backbone",
     "evaluate": "eval.preference",
     "regret": "eval.regret",
     "rerank": "bestofn.rerank",
@@ -42,6 +46,7 @@ __all__ = ["__version__", *sorted(_PLACES)]
 
 if TYPE_CHECKING:
     from .bestofn.rerank import rerank as rerank
+    from .core.backbone import personalize as personalize
     from .core.comparisons import Comparison as Comparison
     from .core.comparisons import RowPolicy as RowPolicy
     from .core.comparisons import User as User
@@ -66,7 +71,10 @@ if TYPE_CHECKING:
     from .eval.regret import regret as regret
     from .prm.fit import fit_reward_model as fit_reward_model
     from .prm.head_config import HeadConfig as HeadConfig
+    from .prm.joint import train_reward_model as train_reward_model
     from .prm.reward_model import PersonalizedRewardModel as PersonalizedRewardModel
+    from .prm.trainer import PersonalizedRewardConfig as PersonalizedRewardConfig
+    from .prm.trainer import PersonalizedRewardTrainer as PersonalizedRewardTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,8 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
+    if model.tuning != "frozen":
+        _ = model.module  # is found by what the settings say now, and its weights are written below
     with tempfile.TemporaryDirectory(prefix="prlhf-") as work:
         folder = Path(work) / "run"
         public = without_users(model)

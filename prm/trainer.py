@@ -58,6 +58,8 @@ class PersonalizedRewardConfig(PersonalizedFields, RewardConfig):
     save_steps: float = field(default=0.1, metadata={"help": "Below 1: share of the whole training."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept, beside the best."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep what did best on validation rows."})
+    # Every parameter is read in every pass, so DDP need not look for ones that are not.
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Let DDP look for idle weights."})
     report_to: str = field(default="none", metadata={"help": "Trackers (wandb, tensorboard, trackio, ...)."})
 
     def __post_init__(self) -> None:

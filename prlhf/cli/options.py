@@ -1,8 +1,11 @@
 """Options that several verbs share, and what they make."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from .output import tell
 
 if TYPE_CHECKING:
     from prlhf.core.comparisons import Comparisons
@@ -44,13 +47,12 @@ def load(
     max_bad_rows: int = 0,
     missing_user: Literal["refuse", "generic"] = "refuse",
     identical: Literal["drop", "keep"] = "drop",
+    say: Callable[[str], None] = tell,
 ) -> "Comparisons":
     """Loads comparisons under the shared options and says on the terminal what was read and what was left out."""
     from prlhf.core.comparisons import RowPolicy
     from prlhf.core.sources import load_comparisons
 
-    from .output import tell
-
     rows = load_comparisons(source, column_map(columns), RowPolicy(max_bad_rows, identical, missing_user))
-    tell(rows.notice())
+    say(rows.notice())
     return rows

@@ -73,7 +73,11 @@ def _parse(args: list[str]) -> "tuple[RewardArguments, PersonalizedRewardConfig]
     from prlhf.prm.trainer import PersonalizedRewardConfig
 
     kinds: Any = [RewardArguments, PersonalizedRewardConfig]
-    parser: Any = TrlParser(kinds, prog="prlhf prm train", allow_abbrev=False)
+    parser: Any = TrlParser(kinds, prog="prlhf prm train", usage=_USAGE, allow_abbrev=False)
+    if {"--help", "-h", "--help-all"} & set(args):
+        shown = parser if "--help-all" in args else _short(PersonalizedRewardConfig, RewardArguments)
+        typer.echo(shown.format_help())
+        raise typer.Exit
     try:
         arguments, config = parser.parse_args_and_config(args)
     except ValueError as error:
@@ -86,6 +90,34 @@ def _parse(args: list[str]) -> "tuple[RewardArguments, PersonalizedRewardConfig]
         raise ValueError("prm train: --output-dir is required: the folder of the run")
     refuse_idle_flags(arguments, config)
     return arguments, config
+
+
+_USAGE = "prlhf prm train --data FILE --model MODEL --output-dir RUN [flags]   (or --config FILE.yaml)"
+_SHOWN = (  # of TRL's and transformers' flags, those that most runs set
+    *("output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "gradient_checkpointing", "bf16", "center_rewards_coefficient", "eval_steps"),
+    *("save_steps", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
+)
+
+
+def _short(config: Any, arguments: Any) -> Any:
+    """A parser of this project's own flags and the commonest others, for a help text that can be read."""
+    from dataclasses import field, fields, make_dataclass
+
+    from transformers import HfArgumentParser
+    from trl import RewardConfig
+
+    def copied(of: Any) -> Any:
+        return field(default=of.default, default_factory=of.default_factory, metadata=of.metadata)  # type: ignore
+
+    stock = {one.name for one in fields(RewardConfig)}
+    own = [one for one in fields(config) if one.name in _SHOWN or one.name not in stock]
+    own += [one for one in fields(config) if one.name in ("max_length", "seed")]
+    training: Any = make_dataclass("training", [(one.name, one.type, copied(one)) for one in own])
+    foot = (
+        "Every other flag of TRL's RewardConfig and transformers' TrainingArguments works too: --help-all lists them."
+    )
+    return HfArgumentParser([arguments, training], prog="prlhf prm train", usage=_USAGE, epilog=foot)
 
 
 def _nearest(message: str, kinds: list[Any]) -> str:
@@ -148,7 +180,7 @@ def _data(
     from prlhf.core.splits import SplitPlan, split
 
     def read(source: str) -> "Comparisons":
-        return load(source, arguments.columns, arguments.max_bad_rows, arguments.missing_user)
+        return load(source, arguments.columns, arguments.max_bad_rows, arguments.missing_user, say=say)
 
     rows = read(arguments.data)
     if arguments.eval_data:
