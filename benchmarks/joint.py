@@ -58,13 +58,14 @@ class Setting:
 
 def simulated(_: str | None) -> Setting:
     """Two tastes, 12 seen and 4 unseen users: LoRA must learn what frozen states tell only in part."""
-    plan = SimulationPlan(users=16, comparisons=120, properties=("length", "exclamation"), seed=SEED)
+    plan = SimulationPlan(users=16, comparisons=400, properties=("length", "exclamation"), seed=SEED)
     _, parts = simulated_parts(POOL, plan, SplitPlan("prompt", 0.1, 0.25, 0.25, SEED))
-    linear = {"num_train_epochs": 4, "group_by_prompt": True, "per_device_train_batch_size": 32}
+    parts["validation"] = first_rows(parts["validation"], 12)
+    linear = {"num_train_epochs": 4, "group_by_prompt": True, "per_device_train_batch_size": 96}
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
         "linear_head": linear,
-        "soft_prompt": {**SOFT, "num_train_epochs": 3},
+        "soft_prompt": {**SOFT, "num_train_epochs": 1, "eval_steps": 0.5, "save_steps": 0.5},
         "uniform": {**linear, "user_model": "uniform", "num_train_epochs": 2},
     }
     return Setting(parts, TextLayout("none", user_text="ignore"), arms)
@@ -110,6 +111,8 @@ SOFT = {
     "aggregator": "soft_prompt",
     "user_tokens": 10,
     "user_loss": "sampled",
+    "user_learning_rate": 2e-2,
+    "per_device_train_batch_size": 8,
     "train_sampling_strategy": "group_by_length",
 }
 SETTINGS: dict[str, Callable[[str | None], Setting]] = {

@@ -41,9 +41,9 @@ def personalize(model: Any, user_model: UserModel, place: Place = "prepend") -> 
     first = next(backbone.parameters())
     backbone.user_model = user_model.to(first.device)
     backbone.user_place = place
-    backbone.__class__ = subclass(type(backbone), PersonalizedBackbone)
+    backbone.__class__ = subclass(type(backbone), PersonalizedBackbone)  # type: ignore[arg-type]
     if backbone is not model:
-        model.__class__ = subclass(type(model), TakesUserIds)
+        model.__class__ = subclass(type(model), TakesUserIds)  # type: ignore[arg-type]
     keep_apart(backbone)
     keep_apart(model)
     return model

@@ -101,6 +101,17 @@ def _to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def _check_kind(folder: Path, sharded: bool) -> None:
+    """Refuses a checkpoint of the other kind: transformers would load it in part, or name a file nobody knows."""
+    found = any(folder.glob("pytorch_model_fsdp*"))
+    if found != sharded:
+        kinds = ("without FSDP", "with FSDP")
+        raise ValueError(
+            f"{folder}: written {kinds[found]}, and this run is started {kinds[sharded]}; start it as before, or "
+            "give another --output-dir"
+        )
+
+
 class CompleteCheckpoints:
     """Goes in front of a trainer of transformers; its checkpoints also hold the users' vectors and the reward head."""
 
@@ -117,6 +128,8 @@ class CompleteCheckpoints:
             wrong = problem(Path(resume_from_checkpoint))
             if wrong:
                 raise ValueError(f"--resume-from-checkpoint: {wrong}")
+        if resume_from_checkpoint:
+            _check_kind(Path(resume_from_checkpoint), bool(cast(Any, self).is_fsdp_enabled))
         return cast(Any, super()).train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -156,7 +169,7 @@ class CompleteCheckpoints:
 
     def _load_personal(self, folder: str) -> None:
         me: Any = self
-        if not me.is_fsdp_enabled:  # sharded checkpoints hold all parameters in one
+        if not me.is_fsdp_enabled:  # a checkpoint of FSDP holds all trained parameters in one file, which is loaded
             load_personal_state(me.model, load_file(Path(folder) / PERSONAL_FILE))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -78,7 +78,7 @@ class AlphaMix:
         places: row -> where it came from, for messages.
     """
 
-    user_columns = ("user", "row")
+    user_columns: tuple[str, ...] = ("user", "row")
     generic_metrics: tuple[str, ...] = ()
     places: Callable[[int], str] = str
     _draws: tuple[int, int] = (-1, 0)  # step, micro-batches of it
@@ -169,16 +169,15 @@ class AlphaMix:
             raise TrainingStopped(f"step {step + 1}: the loss is not a number{self._told(bad)}")
 
     def stop_at_bad_gradient(self) -> None:
-        """Raises before an update with a gradient that is not a number."""
+        """Raises before an update with a gradient that is not a number, in all processes where one has it."""
         me: Any = self
-        bad = [
-            name
-            for name, p in unwrapped(me.model).named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
-        ]
-        if bad:
-            told = self._told(self._rows_of_step[1])
-            raise TrainingStopped(f"step {me.state.global_step + 1}: the gradient of {bad[0]} is not a number{told}")
+        named = unwrapped(me.model).named_parameters()
+        bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+        here = torch.tensor([bool(bad)], device=me.accelerator.device)
+        if me.accelerator.gather(here).any():
+            which = f"the gradient of {bad[0]}" if bad else "a gradient of another process"
+            told = self._told(self._rows_of_step[1] if bad else [])
+            raise TrainingStopped(f"step {me.state.global_step + 1}: {which} is not a number{told}")
 
     def _told(self, rows: list[int]) -> str:
         named = ", ".join(self.places(row) for row in rows[:8])

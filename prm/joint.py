@@ -4,7 +4,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ from .heads import Examples
 from .linear_head import LinearHead
 from .module import classifier_of
 from .reward_model import PersonalizedRewardModel
+from .sharded import check_sharding, is_sharded, whole_module
 from .soft_prompt import SoftPrompt
 from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset
 from .tuned import TUNINGS, tuned_backbone
@@ -57,6 +58,9 @@ def train_reward_model(
             `fit_reward_model` is hundreds of times faster).
         peft_config: for `lora`.
 
+    Returns:
+        the model; under FSDP only in the first process, and None in the others.
+
     Raises:
         DataError: rows that can't be trained on.
         TrainingStopped: a loss or gradient that is not a number.
@@ -71,13 +75,15 @@ def train_reward_model(
     trainer = PersonalizedRewardTrainer(
         classifier_of(backbone),
         args,
-        *(reward_dataset(part, rows.users) for part in rows.pairs),
+        reward_dataset(rows.pairs[0], rows.users),
+        reward_dataset(rows.pairs[1], rows.users),
         backbone.tokenizer,
         users=len(rows.users),
         peft_config=peft_config,
         places=lambda row: rows.pairs[0].rows[row].place,
         callbacks=callbacks,
     )
+    check_sharding(trainer)
     begun = time.time()
     trainer.train(args.resume_from_checkpoint)
     trainer.evaluate()
@@ -85,7 +91,13 @@ def train_reward_model(
     settings = {**common_settings(backbone, resolved, pooling, train), **_settings(trainer, tuning)}
     left_out = {"train": train.dropped_counts, "validation": validation.dropped_counts}
     figures = {**rows.figures(), "left_out": left_out, **_validation_figures(trainer.margins(), rows.users), **spent}
-    return _finished(trainer, backbone, rows, settings, figures, show)
+    module = trainer.model
+    if is_sharded(trainer):
+        whole = whole_module(trainer, backbone, len(rows.users))
+        if whole is None:  # nothing to save in this process
+            return cast(PersonalizedRewardModel, None)
+        module, backbone = whole
+    return _finished(module, backbone, rows, settings, figures, show)
 
 
 @dataclass
@@ -129,7 +141,7 @@ def _check_bos(pairs: TokenPairs, bos: int | None) -> None:
 
 def _settings(trainer: PersonalizedRewardTrainer, tuning: str) -> dict[str, Any]:
     args = trainer.args
-    users = _user_model(trainer)
+    users = _user_model(trainer.model, args.aggregator)
     return {
         "aggregator": args.aggregator,
         "tuning": tuning,
@@ -147,9 +159,9 @@ def _settings(trainer: PersonalizedRewardTrainer, tuning: str) -> dict[str, Any]
     }
 
 
-def _user_model(trainer: PersonalizedRewardTrainer) -> UserModel:
-    module = unwrapped(trainer.model)
-    return module.base_model.user_model if trainer.args.aggregator == "soft_prompt" else module.user_model
+def _user_model(module: Any, aggregator: str) -> UserModel:
+    inner = unwrapped(module)
+    return inner.base_model.user_model if aggregator == "soft_prompt" else inner.user_model
 
 
 def _costs(trainer: PersonalizedRewardTrainer) -> dict[str, Any]:
@@ -170,7 +182,8 @@ def _validation_figures(margins: pd.DataFrame, users: UserIndex) -> dict[str, An
     sides = {"personal": margins["margin"].to_numpy(), "row0": margins["margin_row0"].to_numpy()}
     right = {name: 0.5 + 0.5 * np.sign(m) for name, m in sides.items()}
     table = pd.DataFrame({"user": margins["user"], **right}).groupby("user")
-    for user, part in table:
+    for number, part in table:
+        user: int = number  # type: ignore[assignment]
         facts = users.facts.setdefault(users.ids[user - 1] if user else "", {})
         facts["validation"] = {"n": len(part), **{name: round(float(part[name].mean()), 4) for name in right}}
     return {
@@ -181,14 +194,14 @@ def _validation_figures(margins: pd.DataFrame, users: UserIndex) -> dict[str, An
 
 @torch.no_grad()
 def _finished(
-    trainer: PersonalizedRewardTrainer,
+    module: Any,
     base: Backbone,
     rows: _Rows,
     settings: dict[str, Any],
     figures: dict[str, Any],
     show: bool,
 ) -> PersonalizedRewardModel:
-    module, user_model = trainer.model, _user_model(trainer)
+    user_model = _user_model(module, settings["aggregator"])
     module.eval().requires_grad_(False)
     inner = unwrapped(module)
     backbone = tuned_backbone(base, module, settings["tuning"])

@@ -48,7 +48,7 @@ def reward_module(
         model.user_model = user_model.to(model.score.weight.device)
         model.score.requires_grad_(False)
     model.aggregator, model.pooling = aggregator, pooling
-    model.__class__ = subclass(type(model), PersonalizedRewards)
+    model.__class__ = subclass(type(model), PersonalizedRewards)  # type: ignore[arg-type]
     keep_apart(model)
     return model
 

@@ -33,6 +33,8 @@ class OneUser(UserModel):
     """Row 0 of a user model plus one user's own part, the only parameter: an offset, or cluster logits."""
 
     name = "one user"
+    start: Tensor
+    centres: Tensor | None
 
     def __init__(self, users: UserModel):
         super().__init__(1, users.row0().detach())
@@ -44,7 +46,7 @@ class OneUser(UserModel):
         self.own = nn.Parameter(own)
 
     def forward(self, user_ids: Tensor) -> Tensor:
-        flat = self.start + self.own if self.centres is None else self.own.softmax(0) @ self.centres
+        flat: Tensor = self.start + self.own if self.centres is None else self.own.softmax(0) @ self.centres
         return flat.reshape(self.shape).expand(len(user_ids), *self.shape)
 
 
@@ -78,7 +80,9 @@ class _Fits:
         found = np.zeros((epochs + 1, len(judged)))
         for epoch in range(epochs + 1):
             with torch.no_grad():
-                found[epoch] = np.concatenate([self.margins(own, part).numpy() for part in _batches(judged)] or [[]])
+                found[epoch] = np.concatenate(
+                    [np.zeros(0), *(self.margins(own, part).numpy() for part in _batches(judged))]
+                )
             for part in _batches(train, epoch) if epoch < epochs else ():
                 optimizer.zero_grad()
                 softplus(-self.margins(own, part)).mean().backward()

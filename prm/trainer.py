@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -160,7 +160,12 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
 
     user_columns = ("user", "row", "chosen_start", "rejected_start", "length", "prompt")
     generic_metrics = ("accuracy", "margin")
-    _tag_names: ClassVar[list[str]] = ["prlhf", "reward-trainer", "personalization"]
+    args: PersonalizedRewardConfig
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    _tag_names = ["prlhf", "reward-trainer", "personalization"]  # noqa: RUF012  (an instance variable in TRL's typing)
 
     def __init__(
         self,
@@ -197,7 +202,9 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
         for parameter in personal:  # peft has frozen whatever is not its own
             parameter.requires_grad_(parameter.numel() > 0)
         if not kwargs["data_collator"]:
-            self.data_collator = PersonalizedCollator(self.processing_class.pad_token_id, args.pad_to_multiple_of)
+            self.data_collator = PersonalizedCollator(
+                self.processing_class.pad_token_id, cast(Any, args.pad_to_multiple_of)
+            )
         self.add_callback(StopAtBadGradient(self))
 
     def double(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _show_groups(accuracy: dict[str, Any], name: str) -> None:
     from prlhf.eval.preference import WORDS
 
     shown = [model for model in ("uniform", "length_rule") if model in accuracy and model != name]
-    models = {name: name, **{model: WORDS[model] for model in shown}}
+    models: dict[str, str] = {name: name, **{model: str(WORDS[model]) for model in shown}}
     rows = [(g, *(percent(accuracy[m]["average"][g]) for m in models)) for g in accuracy[name]["average"]]
     table("Mean over the seen users of each one's accuracy", ["group", *models.values()], rows)
 

@@ -31,7 +31,7 @@ def train(context: typer.Context) -> None:
     from prlhf.core.artefact import writing
 
     arguments, config = _parse(context.args)
-    begun, out = time.time(), Path(config.output_dir)
+    begun, out = time.time(), Path(str(config.output_dir))
     token, config.hub_token = config.hub_token, None  # checkpoints keep the configuration, and no secret
     push, config.push_to_hub = config.push_to_hub, False  # the trainer would push its checkpoints
     first = config.process_index == 0
@@ -108,7 +108,7 @@ def _short(config: Any, arguments: Any) -> Any:
     from trl import RewardConfig
 
     def copied(of: Any) -> Any:
-        return field(default=of.default, default_factory=of.default_factory, metadata=of.metadata)  # type: ignore
+        return field(default=of.default, default_factory=of.default_factory, metadata=of.metadata)
 
     stock = {one.name for one in fields(RewardConfig)}
     own = [one for one in fields(config) if one.name in _SHOWN or one.name not in stock]
@@ -135,7 +135,7 @@ def _fit(arguments: "RewardArguments", config: "PersonalizedRewardConfig") -> "P
 
     say = tell if config.process_index == 0 else lambda _: None
     heads = arguments.fits_heads(config)
-    if (Path(config.output_dir) / MANIFEST).exists() and not arguments.overwrite:
+    if (Path(str(config.output_dir)) / MANIFEST).exists() and not arguments.overwrite:
         raise ValueError(f"--output-dir {config.output_dir}: holds a run already; give another, or --overwrite")
     if heads and config.world_size > 1:
         raise ValueError("heads on a frozen model are fitted by one process; start without accelerate launch")
@@ -170,7 +170,7 @@ def _resume(arguments: "RewardArguments", config: "PersonalizedRewardConfig", on
     aside = {"overwrite", "output_dir", "logging_dir", "local_rank", "hub_token"}
     told = {key: str(value) for key, value in {**asdict(arguments), **asdict(config)}.items() if key not in aside}
     facts = {**told, "rows": data_hash(list(train_rows)), "held": data_hash(list(validation)), "model": fingerprint}
-    found = begin(Path(config.output_dir), facts, arguments.overwrite, config.process_index == 0, say)
+    found = begin(Path(str(config.output_dir)), facts, arguments.overwrite, config.process_index == 0, say)
     config.resume_from_checkpoint = str(found) if found else None
 
 

@@ -1,0 +1,69 @@
+"""FSDP2: what is refused before training, and the whole module that is built of the shards afterwards.
+
+While training runs, parameters are shards (DTensors) that no artefact can be made of.
+"""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from ..core.backbone import unwrapped
+from ..core.pretrained import Backbone, load_backbone
+from .module import classifier_of, reward_module
+from .trainer import PersonalizedRewardTrainer, start_user_model
+
+
+def is_sharded(trainer: PersonalizedRewardTrainer) -> bool:
+    return bool(trainer.is_fsdp_enabled)
+
+
+def check_sharding(trainer: PersonalizedRewardTrainer) -> None:
+    """Refuses settings of FSDP under which training would not be what was asked for.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    if not is_sharded(trainer):
+        # On CPUs, and with one process, accelerate leaves FSDP out without a word.
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ValueError(
+                "FSDP was asked for, but accelerate shards nothing here: it needs several processes, each with an "
+                "accelerator of its own. Start without the FSDP configuration"
+            )
+        return
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version: must be 2, found {plugin.fsdp_version}; see recipes/fsdp2.yaml")
+    kind = getattr(plugin.state_dict_type, "name", str(plugin.state_dict_type))
+    if kind != "FULL_STATE_DICT":
+        # With an adapter, sharded checkpoints hold LoRA weights alone: users' vectors and the head would be lost.
+        raise ValueError(f"fsdp_state_dict_type: must be FULL_STATE_DICT, found {kind}; see recipes/fsdp2.yaml")
+    if plugin.cpu_ram_efficient_loading:
+        # Only the first process would read the weights that start values and fingerprints are computed from.
+        raise ValueError("fsdp_cpu_ram_efficient_loading: must be false; see recipes/fsdp2.yaml")
+
+
+def whole_module(trainer: PersonalizedRewardTrainer, base: Backbone, users: int) -> tuple[Any, Backbone] | None:
+    """The trained module built anew around a fresh base model, and that base; None where the process is not the first.
+
+    All processes must call it, because gathering needs each one's shards.
+
+    Args:
+        base: what training started from; its own modules are shards by now.
+        users: U, the unknown user included.
+    """
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if not trainer.is_world_process_zero():
+        return None
+    fresh = load_backbone(base.source, str(base.dtype).removeprefix("torch."))
+    fresh = replace(fresh, tokenizer=base.tokenizer)
+    args, module = trainer.args, classifier_of(fresh)
+    start = start_user_model(module, fresh.tokenizer, args, users)
+    reward_module(module, start, args.aggregator, args.pooling or "mean", args.user_place)
+    module.config = fresh.model.config = unwrapped(trainer.model).config
+    if hasattr(trainer.model, "peft_config"):
+        from peft import get_peft_model
+
+        module = get_peft_model(module, trainer.model.peft_config["default"])
+    module.load_state_dict(state)
+    return module, fresh
