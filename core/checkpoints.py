@@ -148,6 +148,8 @@ class CompleteCheckpoints:
         me.accelerator.wait_for_everyone()
         if me.is_world_process_zero():
             mark_complete(folder)
+            for unfinished in (other for other in checkpoints(run) if problem(other)):
+                shutil.rmtree(unfinished)  # or it would count as one of those to keep
             if limit:
                 rotate_checkpoints(str(run), limit, me.state.best_model_checkpoint, use_mtime=False)
 

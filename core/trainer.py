@@ -84,6 +84,11 @@ class AlphaMix:
     _draws: tuple[int, int] = (-1, 0)  # step, micro-batches of it
     _rows_of_step: tuple[int, list[int]] = (-1, [])
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # A run that stopped within a step and goes on in the same process counts that step's batches anew.
+        self._draws, self._rows_of_step = (-1, 0), (-1, [])
+        return cast(Any, super()).train(*args, **kwargs)
+
     def _set_signature_columns_if_needed(self) -> None:
         me: Any = self
         cast(Any, super())._set_signature_columns_if_needed()
@@ -101,9 +106,9 @@ class AlphaMix:
         training, alpha = me.model.training, me.args.user_loss_alpha
         if training and me.args.user_loss == "sampled":
             inputs["user_ids"], alpha = self._drawn(inputs["user_ids"]), 1.0
-        elif not alpha:
+        elif training and not alpha:
             inputs["user_ids"] = torch.zeros_like(inputs["user_ids"])
-        if alpha in (0.0, 1.0):
+        if training and alpha in (0.0, 1.0):
             loss, outputs = cast(Any, super()).compute_loss(model, inputs, True, num_items_in_batch)
             halves = [outputs]
         else:

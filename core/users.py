@@ -171,7 +171,9 @@ class IndividualizedUsers(UserModel):
 
     def put_row(self, at: int, own: Tensor) -> None:
         # Without e_0 the table holds whole embeddings.
-        self.offsets = _with_row(self.offsets, at, own if self.shared else own + self.offsets.weight[0].detach())
+        self.offsets = _with_row(
+            self.offsets, at, own if self.shared else own.to(self.device) + self.offsets.weight[0].detach()
+        )
         self.users = len(self.offsets.weight)
 
     def keep_rows(self, count: int) -> None:

@@ -34,7 +34,7 @@ from .module import classifier_of
 from .reward_model import PersonalizedRewardModel
 from .sharded import check_sharding, is_sharded, whole_module
 from .soft_prompt import SoftPrompt
-from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset
+from .trainer import POOLING, PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset
 from .tuned import TUNINGS, tuned_backbone
 
 
@@ -67,7 +67,8 @@ def train_reward_model(
     """
     if tuning not in TUNINGS or (tuning == "lora") != (peft_config is not None):
         raise ValueError(f"tuning {tuning!r}: must be one of {', '.join(TUNINGS)}; lora needs a peft_config")
-    pooling, resolved = resolve(backbone, layout, args.pooling)
+    wish = args.pooling or (POOLING["soft_prompt"] if args.aggregator == "soft_prompt" else None)
+    pooling, resolved = resolve(backbone, layout, wish)
     args.pooling = pooling  # type: ignore[assignment]
     rows = _Rows.of(train, validation, backbone, resolved, args)
     if tuning == "full":

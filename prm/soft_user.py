@@ -16,17 +16,19 @@ from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from ..core.backbone import unwrapped
-from ..core.comparisons import Comparison, Comparisons
-from ..core.pairs import token_pairs
+from ..core.comparisons import Comparison
 from ..core.tokenize import TokenRow
-from ..core.users import ClusterUsers, UserModel
+from ..core.users import ClusterUsers, UniformUsers, UserModel
+from .features import texts_of
 from .module import row_inputs
+from .new_user import fit_mixture
 
 if TYPE_CHECKING:
     from .reward_model import PersonalizedRewardModel
 
 EPOCHS = 4
 BATCH = 8  # comparisons
+MIXTURE_STRENGTH = 1.0  # of row 0's mixture, in comparisons, where a cluster user's fit begins
 
 
 class OneUser(UserModel):
@@ -64,37 +66,50 @@ class _Fits:
     learning_rate: float
     bar: Any
 
-    def margins(self, own: OneUser, which: np.ndarray) -> Tensor:
-        """Margins (len(which),) of comparisons under one user's vectors."""
+    def margins(self, users: UserModel, which: np.ndarray) -> Tensor:
+        """Margins (len(which),) of comparisons under row 0 of a user model."""
         half = len(self.sides) // 2
         rows = [self.sides[i] for i in (*which, *(which + half))]
-        with attached(self.module, own):
-            out = self.module(**row_inputs(rows, own.device), user_ids=torch.zeros(len(rows), dtype=torch.int64))
-        chosen, rejected = out.logits[:, 0].chunk(2)
+        nobody = torch.zeros(len(rows), dtype=torch.int64, device=users.device)
+        with attached(self.module, users):
+            chosen, rejected = self.module(**row_inputs(rows, users.device), user_ids=nobody).logits[:, 0].chunk(2)
         return chosen - rejected
 
-    def steps(self, train: np.ndarray, judged: np.ndarray, epochs: int) -> tuple[OneUser, np.ndarray]:
-        """Fits on some comparisons; the fit, and margins (epochs + 1, len(judged)) of others after each epoch."""
+    @torch.no_grad()
+    def judged(self, users: UserModel, which: np.ndarray) -> np.ndarray:
+        """The same for any number of comparisons, without a gradient."""
+        return np.concatenate([np.zeros(0), *(self.margins(users, part).cpu().numpy() for part in _batches(which))])
+
+    def start(self, per_centre: np.ndarray | None, which: np.ndarray) -> OneUser:
+        """Where a fit on some comparisons begins: row 0, or the mixture whose centres' margins fit them best.
+
+        A trained mixture is nearly one centre, so a gradient in its logits nearly vanishes and finds no other one.
+        """
         own = OneUser(self.users).to(self.users.device)
-        optimizer = torch.optim.Adam([own.own], lr=self.learning_rate)
-        found = np.zeros((epochs + 1, len(judged)))
-        for epoch in range(epochs + 1):
+        if per_centre is not None:
+            prior = own.own.detach().cpu().numpy()
             with torch.no_grad():
-                found[epoch] = np.concatenate(
-                    [np.zeros(0), *(self.margins(own, part).numpy() for part in _batches(judged))]
-                )
-            for part in _batches(train, epoch) if epoch < epochs else ():
+                own.own.copy_(torch.from_numpy(fit_mixture(per_centre[which], prior, MIXTURE_STRENGTH)))
+        return own
+
+    def steps(self, own: OneUser, train: np.ndarray, held: np.ndarray, epochs: int) -> np.ndarray:
+        """Fits on some comparisons; margins (epochs + 1, len(held)) of others before and after each epoch."""
+        optimizer = torch.optim.Adam([own.own], lr=self.learning_rate)
+        found = [self.judged(own, held)]
+        for epoch in range(epochs):
+            for part in _batches(train, epoch):
                 optimizer.zero_grad()
                 softplus(-self.margins(own, part)).mean().backward()
                 optimizer.step()
-            self.bar.update(epoch < epochs)
-        return own, found
+            found.append(self.judged(own, held))
+            self.bar.update()
+        return np.stack(found)
 
 
 def fit_soft_user(
     model: "PersonalizedRewardModel", rows: Sequence[Comparison], parts: np.ndarray
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Fits a new user's own part.
+    """Fits a new user's own part; over-long rows are truncated, as in scoring.
 
     Args:
         parts: (k,) fold of each comparison.
@@ -102,20 +117,32 @@ def fit_soft_user(
     Returns:
         offset (K*D,) or cluster logits (C,); margins (k,) of each comparison when it was held out, and under row 0.
     """
-    pairs = token_pairs(Comparisons(list(rows), "the new user's rows"), model.reader.tokenizer)
-    everything, folds = np.arange(len(pairs.rows)), int(parts.max()) + 1
-    total = EPOCHS * (folds + 1) if folds > 1 else 0
-    with tqdm(total=total, desc="new user", unit="pass", disable=not model.show) as bar:
-        sides = [*pairs.chosen, *pairs.rejected]
-        fits = _Fits(unwrapped(model.module), model.user_model, sides, model.settings["user_learning_rate"], bar)
-        held = np.zeros((EPOCHS + 1, len(everything)))
-        for fold in range(folds if folds > 1 else 0):
+    everything, folds = np.arange(len(rows)), int(parts.max()) + 1
+    sides, users = model.reader.tokenize(texts_of(rows)), model.user_model
+    with tqdm(total=EPOCHS * (folds + 1), desc="new user", unit="pass", disable=not model.show) as bar:
+        fits = _Fits(unwrapped(model.module), users, sides, model.settings["user_learning_rate"], bar)
+        row0 = fits.judged(OneUser(users).to(users.device), everything)
+        if folds == 1:  # comparisons of one prompt can't tell how far to go, so such a user stays at row 0
+            return OneUser(users).own.detach().cpu(), row0, row0
+        per_centre = _per_centre(fits, users, everything)
+        held = np.zeros((EPOCHS + 2, len(rows)))
+        held[0] = row0  # a candidate too
+        for fold in range(folds):
             out = parts == fold
-            _, held[:, out] = fits.steps(everything[~out], everything[out], EPOCHS)
-        # One comparison, or comparisons of one kind, can't tell how far to go, so such a user stays at row 0.
-        best = int(np.logaddexp(0, -held).mean(1).argmin()) if folds > 1 else 0
-        own, row0 = fits.steps(everything, everything, best)
-    return own.own.detach().cpu(), held[best] if folds > 1 else row0[0], row0[0]
+            own = fits.start(per_centre, everything[~out])
+            held[1:, out] = fits.steps(own, everything[~out], everything[out], EPOCHS)
+        best = int(np.logaddexp(0, -held).mean(1).argmin())
+        own = OneUser(users) if not best else fits.start(per_centre, everything)
+        fits.steps(own, everything, everything[:0], max(best - 1, 0))
+    return own.own.detach().cpu(), held[best], row0
+
+
+def _per_centre(fits: _Fits, users: UserModel, which: np.ndarray) -> np.ndarray | None:
+    """Margins (k, C) of comparisons under each centre of a cluster model; None for others."""
+    if not isinstance(users, ClusterUsers):
+        return None
+    centres = [UniformUsers(1, centre.reshape(users.shape)).to(users.device) for centre in users.centres]
+    return np.stack([fits.judged(centre, which) for centre in centres], axis=1)
 
 
 def _batches(which: np.ndarray, epoch: int | None = None) -> list[np.ndarray]:

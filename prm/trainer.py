@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
@@ -22,6 +23,8 @@ from ..core.users import UserIndex, UserModel, make_user_model, neutral_prompt
 from .module import PersonalizedRewards, reward_module
 
 USER_LEARNING_RATE = {"soft_prompt": 1e-2, "linear_head": 1e-3}
+# The last token's state has read both the user's vectors and the whole response.
+POOLING = {"soft_prompt": "last", "linear_head": "mean"}
 
 
 @dataclass
@@ -39,8 +42,8 @@ class PersonalizedRewardConfig(PersonalizedFields, RewardConfig):
     pooling: Literal["last", "mean", "best"] | None = field(
         default=None,
         metadata={
-            "help": "Hidden state of a response: mean over its tokens (default), its last token (default of reward "
-            "models), or whichever is best on validation rows (frozen backbone only)."
+            "help": "Hidden state of a response: mean over its tokens (default), its last token (default of soft "
+            "prompts and of stock reward models), or whichever is best on validation rows (frozen backbone only)."
         },
     )
     group_by_prompt: bool = field(
@@ -160,6 +163,7 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
 
     user_columns = ("user", "row", "chosen_start", "rejected_start", "length", "prompt")
     generic_metrics = ("accuracy", "margin")
+    sampler: PromptSampler | None = None
     args: PersonalizedRewardConfig
     model: Any
     processing_class: Any
@@ -185,10 +189,10 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
                 raise ValueError(f"{name}: no column {', '.join(sorted(missing))}; make it with `reward_dataset`")
         if not isinstance(model, PersonalizedRewards):
             user_model = start_user_model(model, processing_class, args, users)
-            reward_module(model, user_model, args.aggregator, args.pooling or "mean", args.user_place)
+            reward_module(model, user_model, args.aggregator, args.pooling or POOLING[args.aggregator], args.user_place)
         personal = [p for name, p in model.named_parameters() if is_personal(name) and p.requires_grad]
         self.places = places
-        self._margins: dict[int, tuple[float, float]] = {}
+        self._margins: dict[int, tuple[int, float, float]] = {}
         kwargs.setdefault("data_collator", None)
         super().__init__(
             model,
@@ -206,6 +210,7 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
                 self.processing_class.pad_token_id, cast(Any, args.pad_to_multiple_of)
             )
         self.add_callback(StopAtBadGradient(self))
+        self.add_callback(_TellsSampler(self))
 
     def double(self, given: dict[str, Any]) -> dict[str, Any]:
         """With the linear head both halves read the same states, so one pass serves them."""
@@ -213,11 +218,17 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
             return super().double(given)
         return {**given, "user_ids": and_unknown(given["user_ids"])}
 
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        """Nothing: rows are tokenized, and the length policy has met them; TRL would drop some in silence."""
+        return dataset
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.args.group_by_prompt:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        return PromptSampler(rows["prompt"], self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.sampler = PromptSampler(rows["prompt"], seed)
+        return self.sampler
 
     def user_learning_rate(self) -> float:
         chosen = self.args.user_learning_rate
@@ -225,9 +236,10 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
 
     def record(self, rows: Tensor, inputs: dict[str, Any], halves: list[Any]) -> None:
         """Keeps the margin of every validation row, with its user and with row 0."""
-        margins = [torch.sub(*out.logits.squeeze(-1).chunk(2)) for out in (halves[0], halves[-1])]  # each (B,)
-        seen = self.accelerator.gather(torch.stack([rows.float(), *margins], dim=1))  # (all B, 3)
-        self._margins.update({int(row): (own, row0) for row, own, row0 in seen.tolist()})
+        margins = [torch.sub(*out.logits.squeeze(-1).chunk(2)).double() for out in halves]  # two of (B,)
+        users = inputs["user_ids"][: len(rows)]
+        seen = self.accelerator.gather(torch.stack([rows, users, *margins], dim=1))  # (all B, 4)
+        self._margins.update({int(row): (int(user), own, row0) for row, user, own, row0 in seen.tolist()})
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._margins = {}
@@ -241,16 +253,25 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
 
     def margins(self) -> pd.DataFrame:
         """Of the last evaluation: row, user (its number), margin and margin under row 0, in order of rows."""
-        rows = sorted(self._margins)
-        users = np.asarray(self.eval_dataset["user"]) if self.eval_dataset is not None else np.zeros(0, dtype=int)
-        own, row0 = zip(*(self._margins[row] for row in rows), strict=True) if rows else ((), ())
-        return pd.DataFrame({"row": rows, "user": users[rows], "margin": own, "margin_row0": row0})
+        found = [(row, *self._margins[row]) for row in sorted(self._margins)]
+        return pd.DataFrame(found, columns=["row", "user", "margin", "margin_row0"])
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("push the finished run with PersonalizedRewardModel.push_to_hub, which leaves users' data out")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the card of the finished run says what TRL's can't."""
+
+
+class _TellsSampler(TrainerCallback):
+    """Tells the sampler which epoch it is: accelerate does not where processes share it and batches are skipped."""
+
+    def __init__(self, trainer: PersonalizedRewardTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 def _correct(margins: pd.Series) -> pd.Series:

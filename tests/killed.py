@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from prlhf.core import checkpoints
 from prlhf.core.checkpoints import newest_complete
 
-STEPS = 8
+STEPS = 6  # two epochs of three
 KINDS: dict[str, dict[str, Any]] = {
     "soft": {"aggregator": "soft_prompt", "learning_rate": 1e-2, "user_learning_rate": 0.05},
     "heads": {"aggregator": "linear_head", "group_by_prompt": True, "user_learning_rate": 0.05},
@@ -36,9 +36,14 @@ class Kill:
     """A moment of a checkpoint's writing, the step of the checkpoint, and the step that is left to resume from."""
 
     moment: str
-    step: int = 6
-    left: int | None = 4
+    step: int = 4
+    left: int | None = 2
     kind: str = "soft"
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the checkpoint is there, though it is not complete."""
+        return self.left != self.step and self.moment != "before the weights"
 
     @property
     def name(self) -> str:
@@ -56,11 +61,11 @@ KILLS = [
     Kill("in the state"),
     Kill("before the marker"),
     Kill("in the marker"),
-    Kill("after the marker", 6, 6),
-    Kill("in the rotation", 6, 6),
-    Kill("before the marker", 8, 6, "heads"),
-    Kill("before the weights", 6, 4, "heads"),
-    Kill("before the optimizer", 8, 6, "full"),
+    Kill("after the marker", 4, 4),
+    Kill("in the rotation", 4, 4),
+    Kill("before the marker", 6, 4, "heads"),
+    Kill("before the weights", 4, 2, "heads"),
+    Kill("before the optimizer", 6, 4, "full"),
 ]
 
 
@@ -106,7 +111,7 @@ def arm(kill: Kill, due: Due) -> None:
         "before the first marker": lambda: when_due(checkpoints, "mark_complete"),
         "before the weights": lambda: when_due(Trainer, "_save"),
         "in the weights": lambda: when_due(
-            Trainer, "_save", False, lambda _, folder: cut(next(Path(folder).glob("*model.safetensors")))
+            Trainer, "_save", False, lambda _, folder, *rest: cut(next(Path(folder).glob("*model.safetensors")))
         ),
         "before the users": lambda: when_due(checkpoints, "save_file"),
         "in the users": lambda: when_due(checkpoints, "save_file", False, lambda _, path: cut(path)),
@@ -125,7 +130,7 @@ def train(run: Path, kind: str, kill: Kill | None = None) -> dict[str, torch.Ten
     due = Due(kill.step if kill else -1)
     trainer = small_trainer(
         run,
-        checkerboard(4),
+        checkerboard(3),
         peft_config=None if kind == "full" else lora(),
         given={"callbacks": [due]},
         **{

@@ -322,14 +322,14 @@ def test_margins_are_those_of_the_rows_that_were_evaluated(tmp_path: Path) -> No
     assert list(trainer.margins()["user"]) == [1, 2, 3, 4]
 
 
-def test_rows_over_trls_limit_do_not_shift_users(tmp_path: Path) -> None:
-    """TRL leaves rows over its own `max_length` out, after they were numbered."""
+def test_trls_limit_leaves_no_row_out(tmp_path: Path) -> None:
+    """TRL would drop rows over its own `max_length` in silence; the layout's policy has met them already."""
     validation = checkerboard(2, first=40)
     validation.rows[0] = replace(validation[0], chosen=validation[0].chosen * 20)
     trainer = small_trainer(tmp_path, checkerboard(4), validation, max_length=120)
-    assert len(trainer.eval_dataset) == 7
+    assert len(trainer.eval_dataset) == 8
     trainer.evaluate()
-    assert list(trainer.margins()["user"]) == [2, 3, 4, 1, 2, 3, 4]
+    assert list(trainer.margins()["user"]) == [1, 2, 3, 4, 1, 2, 3, 4]
 
 
 @both

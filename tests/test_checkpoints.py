@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed import KILLS, Kill
+from killed import KILLS, STEPS, Kill
 from safetensors.torch import load_file
 from tiny import checkerboard
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     """All runs that were killed, what each left, and what became of it when it was started again."""
     folder = tmp_path_factory.mktemp("killed")
     tests = Path(__file__).parent
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tests / "killed.py"), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert not done.returncode, done.stderr
@@ -45,11 +45,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(killed: tuple[Path, dict[st
     found = every[kill.name]
     assert found["code"] == -9
     assert found["complete"] == (kill.left and f"checkpoint-{kill.left}")
-    assert f"checkpoint-{kill.step}" in found["there"]
-    assert len(found["problems"]) == (kill.left != kill.step)
+    assert (f"checkpoint-{kill.step}" in found["there"]) is (kill.begun or kill.left == kill.step)
+    assert len(found["problems"]) == kill.begun
     assert all(f"checkpoint-{kill.step}" in told for told in found["problems"])
     assert found["again"] == 0
-    assert found["at the end"] == ["checkpoint-8"]
+    assert found["at the end"] == [f"checkpoint-{STEPS}"]
     wanted, resumed = (load_file(folder / f"{name}.safetensors") for name in (kill.kind, kill.name))
     assert wanted.keys() == resumed.keys()
     for name, tensor in wanted.items():
@@ -148,6 +148,16 @@ def test_an_unfinished_checkpoint_of_a_later_step_costs_no_complete_one(run: Pat
     trainer_of(copy, aggregator="soft_prompt", peft_config=lora(), save_total_limit=1).train(True)
     found, _ = newest_complete(copy)
     assert found == copy / "checkpoint-4"
+
+
+def test_nothing_of_an_unfinished_checkpoint_is_kept(run: Path, tmp_path: Path) -> None:
+    """As a cut file of a process that is no longer there."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoint-4" / MARK).unlink()
+    (copy / "checkpoint-4" / "rng_state_7.pth").write_bytes(b"cut")
+    trainer_of(copy, aggregator="soft_prompt", peft_config=lora()).train(resume_from_checkpoint=True)
+    assert problem(copy / "checkpoint-4") is None
+    assert not (copy / "checkpoint-4" / "rng_state_7.pth").exists()
 
 
 def test_a_checkpoint_of_other_users_is_refused(run: Path, tmp_path: Path) -> None:
@@ -305,7 +315,7 @@ def test_the_best_step_is_kept(aggregator: str, peft_config: Any, tmp_path: Path
         eval_strategy="steps",
         eval_steps=2,
         load_best_model_at_end=True,
-        save_total_limit=1,
+        save_total_limit=2,
         learning_rate=1e-3,
         user_learning_rate=0.02,
     )
@@ -346,16 +356,17 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-@both
-def test_a_run_that_stopped_goes_on_in_the_same_process(aggregator: str, tmp_path: Path) -> None:
-    """With the draws of a run that never stopped."""
-    options = {"aggregator": aggregator, "user_loss": "sampled", "gradient_accumulation_steps": 2}
+@pytest.mark.parametrize("user_loss", ["exact", "sampled"])
+def test_a_run_that_stopped_goes_on_in_the_same_process(user_loss: str, tmp_path: Path) -> None:
+    """With the draws of a run that never stopped, and without what was left of the step that was broken off."""
+    options = {"aggregator": "soft_prompt", "user_loss": user_loss, "gradient_accumulation_steps": 2}
     options |= {"per_device_train_batch_size": 2}
     trainer = trainer_of(tmp_path, **options)
-    real = trainer._stop_at_nan
+    real, seen = trainer._stop_at_nan, []
 
     def once(loss: Tensor, rows: Tensor) -> None:
-        if trainer.state.global_step == 2:
+        seen.append(trainer.state.global_step)
+        if seen.count(2) == 2:
             trainer._stop_at_nan = real
             raise TrainingStopped("as a NaN would")
         real(loss, rows)

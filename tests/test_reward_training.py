@@ -66,6 +66,7 @@ def fit(base: Path, run: Path, tuning: str, layout: TextLayout | None = None, **
     soft, clusters = config.get("aggregator") == "soft_prompt", config.get("user_model") == "cluster"
     options = {
         "user_clusters": 3,
+        "pooling": "mean",  # a random model's last state says too little to carry over to other prompts
         "learning_rate": 3e-3,
         "user_learning_rate": 0.3 if clusters else 0.1,
         "num_train_epochs": 7 if soft else 4,
