@@ -16,8 +16,7 @@ import random
 import shlex
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
+from results import first_rows
 
 from prlhf.cli.output import write_json
 from prlhf.core.artefact import MANIFEST, versions
@@ -60,7 +60,7 @@ def simulated(_: str | None) -> Setting:
     """Two tastes, 12 seen and 4 unseen users: LoRA must learn what frozen states tell only in part."""
     plan = SimulationPlan(users=16, comparisons=400, properties=("length", "exclamation"), seed=SEED)
     _, parts = simulated_parts(POOL, plan, SplitPlan("prompt", 0.1, 0.25, 0.25, SEED))
-    parts["validation"] = first_rows(parts["validation"], 12)
+    parts["validation"] = first_rows(parts["validation"], 12, SEED)
     linear = {"num_train_epochs": 4, "group_by_prompt": True, "per_device_train_batch_size": 96}
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
@@ -86,8 +86,8 @@ def personas8(data: str | None) -> Setting:
     """Sixty comparisons of each of eight personas; heads on the frozen model see the same rows."""
     whole = load_comparisons(data or "")
     parts = split(whole, SplitPlan("prompt", seed=SEED))
-    few = {"train": first_rows(parts["train"], 60), "validation": first_rows(parts["validation"], 12)}
-    few["test"] = first_rows(parts["test"], 40)
+    few = {"train": first_rows(parts["train"], 60, SEED), "validation": first_rows(parts["validation"], 12, SEED)}
+    few["test"] = first_rows(parts["test"], 40, SEED)
     common = {"num_train_epochs": 1, "train_sampling_strategy": "group_by_length"}
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
@@ -111,7 +111,7 @@ SOFT = {
     "aggregator": "soft_prompt",
     "user_tokens": 10,
     "user_loss": "sampled",
-    "user_learning_rate": 2e-2,
+    "user_learning_rate": 1e-2,
     "per_device_train_batch_size": 8,
     "train_sampling_strategy": "group_by_length",
 }
@@ -121,19 +121,6 @@ SETTINGS: dict[str, Callable[[str | None], Setting]] = {
     "personas8": personas8,
     "prefeval": prefeval,
 }
-
-
-def first_rows(rows: Sequence[Comparison], count: int) -> list[Comparison]:
-    """The first `count` rows of each user in an order that the seed fixes."""
-    order = list(rows)
-    random.Random(SEED).shuffle(order)
-    seen: dict[str | None, int] = defaultdict(int)
-    kept = []
-    for row in order:
-        seen[row.user.id] += 1
-        if seen[row.user.id] <= count:
-            kept.append(row)
-    return kept
 
 
 def train(setting: Setting, arm: str, run: Path) -> PersonalizedRewardModel:

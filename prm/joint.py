@@ -73,6 +73,25 @@ def train_reward_model(
     rows = _Rows.of(train, validation, backbone, resolved, args)
     if tuning == "full":
         backbone.model.requires_grad_(True)
+    trainer = _trainer(rows, backbone, args, peft_config, callbacks)
+    begun = time.time()
+    trainer.train(args.resume_from_checkpoint)
+    trainer.evaluate()
+    spent = {"training_seconds": round(time.time() - begun, 1), **_costs(trainer)}
+    settings = {**common_settings(backbone, resolved, pooling, train), **_settings(trainer, tuning)}
+    left_out = {"train": train.dropped_counts, "validation": validation.dropped_counts}
+    figures = {**rows.figures(), "left_out": left_out, **_validation_figures(trainer.margins(), rows.users), **spent}
+    if not is_sharded(trainer):
+        return _finished(trainer.model, backbone, rows, settings, figures, show)
+    whole = whole_module(trainer, backbone, len(rows.users))
+    if whole is None:  # nothing to save in this process
+        return cast(PersonalizedRewardModel, None)
+    return _finished(*whole, rows, settings, figures, show)
+
+
+def _trainer(
+    rows: "_Rows", backbone: Backbone, args: PersonalizedRewardConfig, peft_config: Any, callbacks: Any
+) -> PersonalizedRewardTrainer:
     trainer = PersonalizedRewardTrainer(
         classifier_of(backbone),
         args,
@@ -85,20 +104,7 @@ def train_reward_model(
         callbacks=callbacks,
     )
     check_sharding(trainer)
-    begun = time.time()
-    trainer.train(args.resume_from_checkpoint)
-    trainer.evaluate()
-    spent = {"training_seconds": round(time.time() - begun, 1), **_costs(trainer)}
-    settings = {**common_settings(backbone, resolved, pooling, train), **_settings(trainer, tuning)}
-    left_out = {"train": train.dropped_counts, "validation": validation.dropped_counts}
-    figures = {**rows.figures(), "left_out": left_out, **_validation_figures(trainer.margins(), rows.users), **spent}
-    module = trainer.model
-    if is_sharded(trainer):
-        whole = whole_module(trainer, backbone, len(rows.users))
-        if whole is None:  # nothing to save in this process
-            return cast(PersonalizedRewardModel, None)
-        module, backbone = whole
-    return _finished(module, backbone, rows, settings, figures, show)
+    return trainer
 
 
 @dataclass
