@@ -70,7 +70,7 @@ def save(
             begun.append(folder / (MANIFEST + NEW))
             begun[-1].write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             for path in begun:
-                _to_disk(path)
+                to_disk(path)
         except BaseException:
             for path in begun:
                 path.unlink(missing_ok=True)
@@ -183,6 +183,6 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

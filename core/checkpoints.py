@@ -5,18 +5,20 @@ every file's size is written last, and a run resumes from the newest checkpoint 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints
 
+from .artefact import to_disk
 from .backbone import load_personal_state, personal_state
 
 MARK = "complete.json"
+BEGUN = "incomplete"  # lies in a checkpoint of ours until its marker does
 FACTS = "training.json"
 PERSONAL_FILE = "personal.safetensors"
 
@@ -87,18 +89,19 @@ def begin(run: Path, facts: dict[str, str], overwrite: bool, first: bool, say: C
 
 def mark_complete(folder: Path) -> None:
     """Writes the marker, after everything else is on disk."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (MARK, BEGUN)]
     for path in files:
-        _to_disk(path)
+        to_disk(path)
     new = folder / (MARK + ".new")
     new.write_text(json.dumps({str(path.relative_to(folder)): path.stat().st_size for path in files}, indent=1))
-    _to_disk(new)
+    to_disk(new)
     new.replace(folder / MARK)
+    (folder / BEGUN).unlink(missing_ok=True)
 
 
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _check_ours(folder: Path) -> None:
+    if not (folder / BEGUN).exists() and not (folder / MARK).exists():
+        raise ValueError(f"{folder}: written by another program, and this run would write there; give another folder")
 
 
 def _check_kind(folder: Path, sharded: bool) -> None:
@@ -113,7 +116,13 @@ def _check_kind(folder: Path, sharded: bool) -> None:
 
 
 class CompleteCheckpoints:
-    """Goes in front of a trainer of transformers; its checkpoints also hold the users' vectors and the reward head."""
+    """Goes in front of a trainer of transformers; its checkpoints also hold the users' vectors and the reward head.
+
+    Attributes:
+        data_key: of the users and the rows; a checkpoint of other ones is refused, whose vectors are other people's.
+    """
+
+    data_key: str = ""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock `train`; True resumes from the newest complete checkpoint, or starts where there is none.
@@ -129,15 +138,26 @@ class CompleteCheckpoints:
             if wrong:
                 raise ValueError(f"--resume-from-checkpoint: {wrong}")
         if resume_from_checkpoint:
+            self._check_data(Path(resume_from_checkpoint))
             _check_kind(Path(resume_from_checkpoint), bool(cast(Any, self).is_fsdp_enabled))
         return cast(Any, super()).train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_data(self, folder: Path) -> None:
+        with safe_open(folder / PERSONAL_FILE, "pt") as file:
+            found = (file.metadata() or {}).get("data_key", "")
+        if found != self.data_key:
+            raise ValueError(f"{folder}: written for other users or other rows; resume with the same data")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         me: Any = self
         run = Path(me._get_output_dir(trial=trial))
         folder = run / f"checkpoint-{me.state.global_step}"
-        if me.is_world_process_zero() and folder.exists():
-            shutil.rmtree(folder)  # an unfinished one: resuming starts behind every complete one
+        if me.is_world_process_zero():
+            if folder.exists():
+                _check_ours(folder)
+                shutil.rmtree(folder)  # an unfinished one: resuming starts behind every complete one
+            folder.mkdir(parents=True)
+            (folder / BEGUN).touch()
         me.accelerator.wait_for_everyone()
         # Older checkpoints are thrown away only after this one is complete, and not by the stock code before that.
         limit, me.args.save_total_limit = me.args.save_total_limit, None
@@ -148,7 +168,7 @@ class CompleteCheckpoints:
         me.accelerator.wait_for_everyone()
         if me.is_world_process_zero():
             mark_complete(folder)
-            for unfinished in (other for other in checkpoints(run) if problem(other)):
+            for unfinished in (other for other in checkpoints(run) if (other / BEGUN).exists() and problem(other)):
                 shutil.rmtree(unfinished)  # or it would count as one of those to keep
             if limit:
                 rotate_checkpoints(str(run), limit, me.state.best_model_checkpoint, use_mtime=False)
@@ -158,7 +178,7 @@ class CompleteCheckpoints:
         cast(Any, super())._save(output_dir, state_dict)
         if me.args.should_save:
             folder = Path(output_dir or me.args.output_dir)
-            save_file(personal_state(me.model, state_dict), folder / PERSONAL_FILE)
+            save_file(personal_state(me.model, state_dict), folder / PERSONAL_FILE, {"data_key": self.data_key})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         cast(Any, super())._load_from_checkpoint(resume_from_checkpoint, model)

@@ -50,6 +50,10 @@ class PersonalizedFields:
         cast(Any, super()).__post_init__()
         if not 0 <= self.user_loss_alpha <= 1:
             raise ValueError(f"user_loss_alpha must lie between 0 and 1, found {self.user_loss_alpha}")
+        if not self.user_tokens and self.user_model != "uniform":
+            raise ValueError(
+                "user_tokens 0 is the plain model, and the uniform user model the only one without vectors"
+            )
         for name, least in (("user_tokens", 0), ("user_clusters", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
@@ -176,20 +180,17 @@ class AlphaMix:
     def stop_at_bad_gradient(self) -> None:
         """Raises before an update with a gradient that is not a number, in all processes where one has it."""
         me: Any = self
-        named = unwrapped(me.model).named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
-        here = torch.tensor([bool(bad)], device=me.accelerator.device)
-        if me.accelerator.gather(here).any():
-            which = f"the gradient of {bad[0]}" if bad else "a gradient of another process"
-            told = self._told(self._rows_of_step[1] if bad else [])
-            raise TrainingStopped(f"step {me.state.global_step + 1}: {which} is not a number{told}")
+        found = [torch.isfinite(p.grad).all() for p in unwrapped(me.model).parameters() if p.grad is not None]
+        finite = torch.stack([one.to(me.accelerator.device) for one in found]).all().reshape(1)
+        if not me.accelerator.gather(finite).all():
+            told = self._told([] if finite else self._rows_of_step[1])
+            raise TrainingStopped(f"step {me.state.global_step + 1}: a gradient is not a number{told}")
 
     def _told(self, rows: list[int]) -> str:
         named = ", ".join(self.places(row) for row in rows[:8])
         where = f", in the batch of {named}{' and others' if len(rows) > 8 else ''}" if rows else ""
-        return (
-            f"{where}; nothing was updated, complete checkpoints are as they were. Lower the learning rates, or --fp32"
-        )
+        cure = "lower the learning rates, or use --bf16 False --dtype float32"
+        return f"{where}; nothing was updated, complete checkpoints are as they were; {cure}"
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The stock optimizer with the users' vectors in a group of their own: their learning rate, no weight decay."""
@@ -208,7 +209,7 @@ class AlphaMix:
 
     def user_learning_rate(self) -> float:
         """Learning rate of the users' vectors, with the default filled in."""
-        return float(cast(Any, self).args.user_learning_rate or 0.0)
+        raise NotImplementedError
 
 
 class StopAtBadGradient(TrainerCallback):

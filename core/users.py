@@ -205,7 +205,8 @@ class ClusterUsers(UserModel):
         self.logits = nn.Embedding(users, clusters, _weight=0.1 * torch.randn(users, clusters, generator=random))
 
     def forward(self, user_ids: Tensor) -> Tensor:
-        mixed = self.logits(user_ids).softmax(dim=1) @ self.centres  # (R, C) @ (C, K*D)
+        with torch.autocast(self.device.type, enabled=False):  # users are fp32 whatever the backbone runs in
+            mixed = self.logits(user_ids).softmax(dim=1) @ self.centres  # (R, C) @ (C, K*D)
         return mixed.reshape(-1, *self.shape)  # (R, K*D) -> (R, K, D)
 
     def options(self) -> dict[str, Any]:

@@ -55,8 +55,9 @@ class RewardArguments:
     lora_layers: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Layers that get LoRA, by number; by default all. With the linear head nothing is run backward "
-            "below the lowest. Needs --lora-target-modules with names."
+            "help": "Layers that get LoRA, by number; by default all. With the linear head and "
+            "--gradient-checkpointing False nothing is run backward below the lowest. Needs --lora-target-modules with "
+            "names."
         },
     )
     use_rslora: bool = field(default=False, metadata={"help": "Rank-stabilized LoRA."})
@@ -142,22 +143,36 @@ _NOT_READ = {
     "trust_remote_code": "no code of a model is ever run",
     "dataset_num_proc": "rows are tokenized in one process",
     "remove_unused_columns": "rows hold what the trainer reads and nothing else",
+    "label_smoothing_factor": "no loss of TRL's reward trainer reads it",
+    "hub_strategy": "checkpoints are never pushed, they hold users' vectors",
+    "hub_always_push": "checkpoints are never pushed, they hold users' vectors",
+    "hub_revision": "the main branch is pushed to",
+    "do_train": "the command trains",
+    "do_predict": "see `prlhf eval preference`",
 }
 _SOFT_ONLY = ("user_tokens", "user_place")
+_HUB_ONLY = ("publish_users", "hub_model_id", "hub_token", "hub_private_repo")
 
 
-def refuse_idle_flags(arguments: RewardArguments, config: PersonalizedRewardConfig) -> None:
+def refuse_idle_flags(arguments: RewardArguments, config: PersonalizedRewardConfig, named: set[str]) -> None:
     """Raises where a flag was given that would change nothing.
+
+    Args:
+        named: fields that the command line and the configuration file name; others may have been derived from these.
 
     Raises:
         ValueError: names the flag and what it belongs to.
     """
-    given, trained = _changed(arguments), _changed(config)
+    given, trained = _changed(arguments) & named, _changed(config) & named
     heads, soft = arguments.fits_heads(config), config.aggregator == "soft_prompt"
+    if config.pooling == "best" and not heads:
+        raise ValueError("--pooling best: is of heads on a frozen model; choose last or mean")
     for name in sorted(given | trained):
         flag = "--" + name.replace("_", "-")
         if name in trained and name in _NOT_READ:
             raise ValueError(f"{flag}: not read here: {_NOT_READ[name]}")
+        if not soft and name in _SOFT_ONLY:
+            raise ValueError(f"{flag}: is of soft prompts; add --aggregator soft_prompt")
         if heads and name in trained - _OF_HEADS:
             raise ValueError(
                 f"{flag}: changes nothing for heads on a frozen model; add --tuning lora, or see the --head flags"
@@ -168,11 +183,15 @@ def refuse_idle_flags(arguments: RewardArguments, config: PersonalizedRewardConf
             raise ValueError(f"{flag}: is of LoRA; add --tuning lora")
         if name == "lora_dropout" and config.disable_dropout:
             raise ValueError(f"{flag}: TRL sets every dropout to 0; add --disable-dropout False")
-        if not soft and name in _SOFT_ONLY:
-            raise ValueError(f"{flag}: is of soft prompts; add --aggregator soft_prompt")
         if name == "user_clusters" and config.user_model != "cluster":
             raise ValueError(f"{flag}: is of clusters; add --user-model cluster")
-        if name == "publish_users" and not config.push_to_hub:
+        if name == "user_shared" and config.user_model != "individualized":
+            raise ValueError(f"{flag}: is of individualized users; the {config.user_model} user model has no e_0")
+        if name == "user_loss" and config.user_loss_alpha in (0, 1):
+            raise ValueError(f"{flag}: changes nothing where --user-loss-alpha is {config.user_loss_alpha:g}")
+        if name == "train_sampling_strategy" and config.group_by_prompt:
+            raise ValueError(f"{flag}: --group-by-prompt has an order of its own; give one of them")
+        if name in _HUB_ONLY and not config.push_to_hub:
             raise ValueError(f"{flag}: is of publishing; add --push-to-hub")
 
 

@@ -74,11 +74,12 @@ def _strengths(figures: dict[str, Any]) -> dict[str, str]:
 
 
 def _training(settings: dict[str, Any], figures: dict[str, Any]) -> dict[str, str]:
+    since = f" since step {figures['resumed_from']}" if "resumed_from" in figures else ""
     return {
         "steps": f"{figures['steps']:,} of {settings['batch_size']} comparisons, kept: step {figures['best_step']:,}",
         "learning rates": f"{settings['learning_rate']:g}, users {settings['user_learning_rate']:g}",
-        "cost": f"{figures['trainable_parameters']:,} trainable parameters, {figures['training_seconds']:,.0f} s, "
-        f"{figures['peak_memory_gb']:.1f} GB",
+        "cost": f"{figures['trainable_parameters']:,} trainable parameters, {figures['training_seconds']:,.0f} s"
+        f"{since}, {figures['peak_memory_gb'] or float('nan'):.1f} GB",
     }
 
 

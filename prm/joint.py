@@ -1,6 +1,7 @@
 """Comparisons -> user model, head and backbone trained together -> a reward model that can be saved."""
 
-import resource
+import hashlib
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ..core.comparisons import Comparison, Comparisons, DataError
 from ..core.figures import wilson
 from ..core.pairs import TokenPairs, token_pairs
 from ..core.pretrained import Backbone
+from ..core.splits import data_hash
 from ..core.tokenize import RowTokenizer, TextLayout
 from ..core.users import UserIndex, UserModel, make_user_model
 from .features import feature_reader, over_long_by_user
@@ -34,7 +36,7 @@ from .module import classifier_of
 from .reward_model import PersonalizedRewardModel
 from .sharded import check_sharding, is_sharded, whole_module
 from .soft_prompt import SoftPrompt
-from .trainer import POOLING, PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset
+from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset
 from .tuned import TUNINGS, tuned_backbone
 
 
@@ -67,7 +69,8 @@ def train_reward_model(
     """
     if tuning not in TUNINGS or (tuning == "lora") != (peft_config is not None):
         raise ValueError(f"tuning {tuning!r}: must be one of {', '.join(TUNINGS)}; lora needs a peft_config")
-    wish = args.pooling or (POOLING["soft_prompt"] if args.aggregator == "soft_prompt" else None)
+    # With a soft prompt, the last token's state has read both the user's vectors and the whole response.
+    wish = args.pooling or ("last" if args.aggregator == "soft_prompt" else None)
     pooling, resolved = resolve(backbone, layout, wish)
     args.pooling = pooling  # type: ignore[assignment]
     rows = _Rows.of(train, validation, backbone, resolved, args)
@@ -78,6 +81,8 @@ def train_reward_model(
     trainer.train(args.resume_from_checkpoint)
     trainer.evaluate()
     spent = {"training_seconds": round(time.time() - begun, 1), **_costs(trainer)}
+    if args.resume_from_checkpoint:
+        spent["resumed_from"] = str(args.resume_from_checkpoint).rpartition("-")[2]  # the seconds are those since then
     settings = {**common_settings(backbone, resolved, pooling, train), **_settings(trainer, tuning)}
     left_out = {"train": train.dropped_counts, "validation": validation.dropped_counts}
     figures = {**rows.figures(), "left_out": left_out, **_validation_figures(trainer.margins(), rows.users), **spent}
@@ -103,6 +108,8 @@ def _trainer(
         places=lambda row: rows.pairs[0].rows[row].place,
         callbacks=callbacks,
     )
+    told = json.dumps([rows.users.ids, *(data_hash(part.rows) for part in rows.pairs)])
+    trainer.data_key = hashlib.sha256(told.encode()).hexdigest()[:16]
     check_sharding(trainer)
     return trainer
 
@@ -174,14 +181,25 @@ def _user_model(module: Any, aggregator: str) -> UserModel:
 def _costs(trainer: PersonalizedRewardTrainer) -> dict[str, Any]:
     state = trainer.state
     kept = state.best_model_checkpoint or ""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "steps": state.global_step,
         "best_step": int(kept.rpartition("-")[2]) if kept else state.global_step,
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "peak_memory_gb": round((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak) / 2**30, 2),
+        "peak_memory_gb": _peak_memory(),
         "log": [dict(entry) for entry in state.log_history],
     }
+
+
+def _peak_memory() -> float | None:
+    """Most memory that this process held, on the GPU where there is one, in GiB; None where nobody counts it."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round(peak / 2**30, 2)
 
 
 def _validation_figures(margins: pd.DataFrame, users: UserIndex) -> dict[str, Any]:
@@ -209,6 +227,8 @@ def _finished(
     show: bool,
 ) -> PersonalizedRewardModel:
     user_model = _user_model(module, settings["aggregator"])
+    for name in ("forward", "_original_forward"):
+        vars(module).pop(name, None)  # accelerate's autocast, under which scores differ from those of a loaded run
     module.eval().requires_grad_(False)
     inner = unwrapped(module)
     backbone = tuned_backbone(base, module, settings["tuning"])

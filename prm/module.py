@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from ..core.backbone import keep_apart, personalize, subclass
+from ..core.backbone import keep_apart, personalize
 from ..core.pretrained import Backbone
+from ..core.subclass import subclass
 from ..core.tokenize import TokenRow
 from ..core.users import UserModel
 from .pooling import POOLINGS, last_state, mean_state

@@ -23,6 +23,8 @@ def check_sharding(trainer: PersonalizedRewardTrainer) -> None:
     Raises:
         ValueError: names the setting.
     """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed: users' vectors would not be gathered; shard with FSDP2 (recipes/fsdp2.yaml)")
     if not is_sharded(trainer):
         # On CPUs, and with one process, accelerate leaves FSDP out without a word.
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -59,7 +61,7 @@ def whole_module(trainer: PersonalizedRewardTrainer, base: Backbone, users: int)
     fresh = replace(fresh, tokenizer=base.tokenizer)
     args, module = trainer.args, classifier_of(fresh)
     start = start_user_model(module, fresh.tokenizer, args, users)
-    reward_module(module, start, args.aggregator, args.pooling or "mean", args.user_place)
+    reward_module(module, start, args.aggregator, str(args.pooling), args.user_place)
     module.config = fresh.model.config = unwrapped(trainer.model).config
     if hasattr(trainer.model, "peft_config"):
         from peft import get_peft_model

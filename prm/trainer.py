@@ -23,16 +23,15 @@ from ..core.users import UserIndex, UserModel, make_user_model, neutral_prompt
 from .module import PersonalizedRewards, reward_module
 
 USER_LEARNING_RATE = {"soft_prompt": 1e-2, "linear_head": 1e-3}
-# The last token's state has read both the user's vectors and the whole response.
-POOLING = {"soft_prompt": "last", "linear_head": "mean"}
 
 
 @dataclass
 class PersonalizedRewardConfig(PersonalizedFields, RewardConfig):
     """TRL's RewardConfig, with how users enter.
 
-    What differs from TRL's defaults: rows are longer before they are cut, the best of ten validations is kept, and the
-    CPU is used where there is nothing else.
+    What differs from TRL's defaults: rows are longer before they are cut, the best of ten validations is kept with at
+    most two checkpoints, the seed is 0, nothing is reported to trackers, and the CPU is used where there is
+    nothing else.
     """
 
     aggregator: Literal["linear_head", "soft_prompt"] = field(
@@ -59,11 +58,13 @@ class PersonalizedRewardConfig(PersonalizedFields, RewardConfig):
     eval_steps: float | None = field(default=0.1, metadata={"help": "Below 1: share of the whole training."})
     save_strategy: str = field(default="steps", metadata={"help": "When a checkpoint is written."})
     save_steps: float = field(default=0.1, metadata={"help": "Below 1: share of the whole training."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept, beside the best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept, the best included."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep what did best on validation rows."})
     # Every parameter is read in every pass, so DDP need not look for ones that are not.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Let DDP look for idle weights."})
-    report_to: str = field(default="none", metadata={"help": "Trackers (wandb, tensorboard, trackio, ...)."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (as transformers has it)
+        default="none", metadata={"help": "Trackers (wandb, tensorboard, trackio, ...)."}
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -141,7 +142,7 @@ def start_user_model(model: Any, tokenizer: Any, args: PersonalizedRewardConfig,
     if args.aggregator == "soft_prompt":
         start = neutral_prompt(model.get_input_embeddings(), tokenizer, args.user_tokens)
     else:
-        start = model.score.weight.detach().float().reshape(-1)  # (1, D) -> (D,)
+        start = model.score.weight.detach().float().reshape(-1).cpu()  # (1, D) -> (D,)
     return make_user_model(args.user_model, users, start, **args.user_options(args.seed))
 
 
@@ -189,7 +190,7 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
                 raise ValueError(f"{name}: no column {', '.join(sorted(missing))}; make it with `reward_dataset`")
         if not isinstance(model, PersonalizedRewards):
             user_model = start_user_model(model, processing_class, args, users)
-            reward_module(model, user_model, args.aggregator, args.pooling or POOLING[args.aggregator], args.user_place)
+            reward_module(model, user_model, args.aggregator, args.pooling or "last", args.user_place)
         personal = [p for name, p in model.named_parameters() if is_personal(name) and p.requires_grad]
         self.places = places
         self._margins: dict[int, tuple[int, float, float]] = {}
@@ -236,10 +237,11 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
 
     def record(self, rows: Tensor, inputs: dict[str, Any], halves: list[Any]) -> None:
         """Keeps the margin of every validation row, with its user and with row 0."""
-        margins = [torch.sub(*out.logits.squeeze(-1).chunk(2)).double() for out in halves]  # two of (B,)
-        users = inputs["user_ids"][: len(rows)]
-        seen = self.accelerator.gather(torch.stack([rows, users, *margins], dim=1))  # (all B, 4)
-        self._margins.update({int(row): (int(user), own, row0) for row, user, own, row0 in seen.tolist()})
+        margins = [torch.sub(*out.logits.squeeze(-1).chunk(2)) for out in halves]  # two of (B,)
+        numbers = torch.stack([rows, inputs["user_ids"][: len(rows)]], dim=1)  # (B, 2)
+        numbers, values = self.accelerator.gather((numbers, torch.stack(margins, dim=1)))  # of all processes
+        for (row, user), (own, row0) in zip(numbers.tolist(), values.tolist(), strict=True):
+            self._margins[row] = (user, own, row0)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._margins = {}

@@ -71,7 +71,7 @@ def weight_files(module: Any, tokenizer: Any, tuning: str) -> dict[str, Callable
     work = tempfile.TemporaryDirectory(prefix="prlhf-")
     module.save_pretrained(work.name)
     if tuning == "lora":
-        _without_place(Path(work.name) / "adapter_config.json")
+        without_place(Path(work.name) / "adapter_config.json")
     else:
         tokenizer.save_pretrained(work.name)
     names = sorted(path.name for path in Path(work.name).iterdir() if path.name != "README.md")
@@ -83,9 +83,7 @@ def weight_files(module: Any, tokenizer: Any, tuning: str) -> dict[str, Callable
     return {name: writer(name) for name in names}
 
 
-def _without_place(config: Path) -> None:
+def without_place(config: Path) -> None:
     """Takes the path of a local base model out of an adapter's configuration: a run may go to other people."""
-    content = json.loads(config.read_text(encoding="utf-8"))
-    if Path(str(content.get("base_model_name_or_path"))).is_absolute():
-        content["base_model_name_or_path"] = None
+    content = {**json.loads(config.read_text(encoding="utf-8")), "base_model_name_or_path": None}
     config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

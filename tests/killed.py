@@ -43,7 +43,7 @@ class Kill:
     @property
     def begun(self) -> bool:
         """Whether anything of the checkpoint is there, though it is not complete."""
-        return self.left != self.step and self.moment != "before the weights"
+        return self.left != self.step
 
     @property
     def name(self) -> str:
@@ -114,7 +114,7 @@ def arm(kill: Kill, due: Due) -> None:
             Trainer, "_save", False, lambda _, folder, *rest: cut(next(Path(folder).glob("*model.safetensors")))
         ),
         "before the users": lambda: when_due(checkpoints, "save_file"),
-        "in the users": lambda: when_due(checkpoints, "save_file", False, lambda _, path: cut(path)),
+        "in the users": lambda: when_due(checkpoints, "save_file", False, lambda _, path, *facts: cut(path)),
         "before the optimizer": lambda: when_due(Trainer, "_save_optimizer_and_scheduler"),
         "after the optimizer": lambda: when_due(Trainer, "_save_optimizer_and_scheduler", False),
         "in the state": lambda: when_due(TrainerState, "save_to_json", False, lambda _, path: cut(Path(path))),

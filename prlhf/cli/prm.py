@@ -88,7 +88,13 @@ def _parse(args: list[str]) -> "tuple[RewardArguments, PersonalizedRewardConfig]
         raise ValueError(f"--config {error.filename}: no such file") from None
     if config.output_dir == PersonalizedRewardConfig().output_dir:
         raise ValueError("prm train: --output-dir is required: the folder of the run")
-    refuse_idle_flags(arguments, config)
+    given = {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in args if word[:2] == "--"}
+    if "--config" in args:
+        given |= set(yaml.safe_load(Path(args[args.index("--config") + 1]).read_text()))
+    refuse_idle_flags(arguments, config, given)
+    arguments.lora()  # may refuse too
+    if str(config.resume_from_checkpoint).lower() == "true":
+        config.resume_from_checkpoint = True  # type: ignore[assignment]
     return arguments, config
 
 
@@ -145,16 +151,19 @@ def _fit(arguments: "RewardArguments", config: "PersonalizedRewardConfig") -> "P
     say(source.origin)
     # Full fine-tuning in bfloat16 would lose small updates; computing in it (--bf16) does not.
     wish = "float32" if arguments.tuning == "full" and arguments.dtype == "auto" else arguments.dtype
-    backbone = load_backbone(source, wish)
+    backbone = load_backbone(source, wish, "cpu" if config.use_cpu else None)
     say(f"running it in {str(backbone.dtype).removeprefix('torch.')} on {next(backbone.model.parameters()).device}")
     layout = arguments.layout(config)
     if head_config:
-        return fit_reward_model(train_rows, validation, backbone, layout, config.pooling, head_config, show=True)
+        return fit_reward_model(
+            train_rows, validation, backbone, layout, config.pooling, head_config, not config.disable_tqdm
+        )
     from prlhf.prm.joint import train_reward_model
 
-    _resume(arguments, config, (train_rows, validation, backbone.fingerprint), say)
+    _resume(arguments, config, (train_rows, validation, backbone.fingerprint + backbone.text_hash), say)
     rows = (train_rows, validation)
-    return train_reward_model(*rows, backbone, layout, config, arguments.tuning, arguments.lora(), show=True)
+    show = not config.disable_tqdm
+    return train_reward_model(*rows, backbone, layout, config, arguments.tuning, arguments.lora(), show)
 
 
 def _resume(arguments: "RewardArguments", config: "PersonalizedRewardConfig", on: tuple[Any, ...], say: Any) -> None:
@@ -170,6 +179,7 @@ def _resume(arguments: "RewardArguments", config: "PersonalizedRewardConfig", on
     aside = {"overwrite", "output_dir", "logging_dir", "local_rank", "hub_token"}
     told = {key: str(value) for key, value in {**asdict(arguments), **asdict(config)}.items() if key not in aside}
     facts = {**told, "rows": data_hash(list(train_rows)), "held": data_hash(list(validation)), "model": fingerprint}
+    facts["processes"] = str(config.world_size)
     found = begin(Path(str(config.output_dir)), facts, arguments.overwrite, config.process_index == 0, say)
     config.resume_from_checkpoint = str(found) if found else None
 
@@ -197,13 +207,19 @@ def export(
     merge: Annotated[bool, typer.Option(help="Add LoRA weights to the base model, or write them beside it.")] = True,
     base: ModelPlace = None,
 ) -> None:
-    """Write plain weights: a stock reward model (row 0's), its tokenizer, and the table of users' vectors."""
+    """Write plain weights: a sequence classifier with row 0's head, its tokenizer, and the table of users' vectors."""
     from prlhf.prm.publish import export as write
     from prlhf.prm.reward_model import PersonalizedRewardModel
 
     model = PersonalizedRewardModel.from_pretrained(run, show=True, model=base)
     write(model, out, merge)
-    tell(f"{out}: the model of the unknown user, and user_model.safetensors with {len(model.users):,} rows")
+    tell(f"{out}: a sequence classifier, and user_model.safetensors with {len(model.users):,} rows, row 0 first")
+    if model.head.aggregator == "soft_prompt":
+        tell("its scores mean something with a user's vectors in front of the text, row 0's for the unknown user")
+    elif model.settings["pooling"] != "last":
+        tell(
+            f"its head was trained on {model.settings['pooling']} pooling; a stock reader takes the last token instead"
+        )
 
 
 @app.command()
