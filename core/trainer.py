@@ -181,7 +181,9 @@ class AlphaMix:
         """Raises before an update with a gradient that is not a number, in all processes where one has it."""
         me: Any = self
         found = [torch.isfinite(p.grad).all() for p in unwrapped(me.model).parameters() if p.grad is not None]
-        finite = torch.stack([one.to(me.accelerator.device) for one in found]).all().reshape(1)
+        # Of a shard's gradient it is a shard too, of which every process must ask for the whole.
+        whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in found]
+        finite = torch.stack([one.to(me.accelerator.device) for one in whole]).all().reshape(1)
         if not me.accelerator.gather(finite).all():
             told = self._told([] if finite else self._rows_of_step[1])
             raise TrainingStopped(f"step {me.state.global_step + 1}: a gradient is not a number{told}")
