@@ -94,7 +94,7 @@ def _parse(args: list[str]) -> "tuple[RewardArguments, PersonalizedRewardConfig]
     refuse_idle_flags(arguments, config, given)
     arguments.lora()  # may refuse too
     if str(config.resume_from_checkpoint).lower() == "true":
-        config.resume_from_checkpoint = True  # type: ignore[assignment]
+        config.resume_from_checkpoint = True
     return arguments, config
 
 
