@@ -6,7 +6,7 @@
     python benchmarks/joint.py prefeval --work runs/joint --data F.parquet --out docs/results/joint-prefeval.json
 
 Each arm is a run in `--work`; arms that are there are not trained again, an interrupted one goes on from its newest
-complete checkpoint. `--arms a b` trains these and writes no figures. The step of each arm is chosen on validation rows.
+complete checkpoint. `--arms a b` trains and compares these alone. The step of each arm is chosen on validation rows.
 """
 
 import argparse
@@ -268,7 +268,8 @@ def main() -> None:
     }
     if not arguments.out:
         return
-    command = ["python", "benchmarks/joint.py", arguments.setting, "--out", str(arguments.out)]
+    chosen = ["--arms", *arguments.arms] if arguments.arms else []
+    command = ["python", "benchmarks/joint.py", arguments.setting, *chosen, "--out", str(arguments.out)]
     made = {
         "command": shlex.join(command),
         "machine": f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores, {platform.system()}",
