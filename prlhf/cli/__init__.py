@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 import typer
@@ -46,6 +47,8 @@ def main() -> NoReturn:
     # Read when torch is loaded. Threads that spin while they wait for each other gain nothing on idle cores, and where
     # something else keeps a core busy they make sampling many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Of flags' coming names: nothing that whoever runs the command could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except SystemExit as stopped:  # typer turns an interrupt into this
