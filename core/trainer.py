@@ -125,19 +125,18 @@ class AlphaMix:
 
     def _mixed(self, model: Any, inputs: dict[str, Any], alpha: float, items: Any) -> tuple[Tensor, list[Any]]:
         me, stock = cast(Any, self), cast(Any, super())
-        metrics = me._metrics["train" if me.model.training else "eval"]
+        mode = "train" if me.model.training else "eval"
         pass_of_both = _OnePass(model, self.double)
         own, _ = stock.compute_loss(pass_of_both.half(0), inputs, True, items)
-        kept, tokens = {key: list(values) for key, values in metrics.items()}, me._total_train_tokens
-        metrics.clear()
+        # What the stock code records of the second half is put aside, and its tokens are not counted again.
+        kept, tokens = me._metrics[mode], me._total_train_tokens
+        generic: dict[str, list[float]] = defaultdict(list)
+        me._metrics[mode] = generic
         unknown = {**inputs, "user_ids": torch.zeros_like(inputs["user_ids"])}
         row0, _ = stock.compute_loss(pass_of_both.half(1), unknown, True, items)
-        generic = {f"generic/{key}": list(metrics[key]) for key in self.generic_metrics}
-        metrics.clear()
-        metrics.update(kept)
-        for key, values in generic.items():
-            metrics[key] = metrics[key] + values
-        me._total_train_tokens = tokens
+        me._metrics[mode], me._total_train_tokens = kept, tokens
+        for key in self.generic_metrics:
+            kept[f"generic/{key}"].extend(generic[key])
         return alpha * own + (1 - alpha) * row0, pass_of_both.halves
 
     def double(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +243,7 @@ class _OnePass:
 
 def _halves(out: Any, rows: int) -> list[Any]:
     """Outputs of 2R rows -> of the first R and of the last R."""
-    parts: list[dict[str, Any]] = [defaultdict(), defaultdict()]
+    parts: list[dict[str, Any]] = [{}, {}]
     for key, value in out.items():
         whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
         for part, piece in zip(parts, value.chunk(2) if whole else (value, value), strict=True):

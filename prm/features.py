@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..core.comparisons import Comparison, Prompt
 from ..core.pretrained import Backbone, cache_dir
 from ..core.scoring import ScoreRequest
 from ..core.tokenize import RowTokenizer, TextLayout, TokenRow
-from .pooling import POOLINGS, last_state, mean_state
+from .pooling import POOLINGS, last_state, mean_state, row_inputs
 
 LAYOUT = "v1"  # raise when the same tokens and weights would give other rows
 KEY_BYTES = 16
@@ -129,15 +128,9 @@ def hidden_states(backbone: Backbone, rows: Sequence[TokenRow]) -> Tensor:
     `last` is the state at the row's last token (what the paper and stock reward models read), `mean` the mean over the
     response's tokens, what closes its turn included. Rows are padded on the right, which a causal model can't see.
     """
-    device = next(backbone.model.parameters()).device
-    lengths = torch.tensor([len(row) for row in rows], device=device)  # (R,)
-    starts = torch.tensor([len(row.prompt_ids) for row in rows], device=device)  # (R,)
-    ids = [torch.tensor(row.prompt_ids + row.response_ids, device=device) for row in rows]
-    input_ids = pad_sequence(ids, batch_first=True)  # (R, T)
-    places = torch.arange(input_ids.shape[1], device=device)  # (T,)
-    mask = places < lengths[:, None]  # (R, T)
-    states = backbone.model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    inside = mask & (places >= starts[:, None])  # (R, T)
+    given = row_inputs(rows, next(backbone.model.parameters()).device)
+    inside, mask = given.pop("completion_mask"), given["attention_mask"]  # each (R, T)
+    states = backbone.model(**given, use_cache=False).last_hidden_state
     return torch.stack([last_state(states, mask), mean_state(states, inside)], dim=1).cpu()
 
 

@@ -36,7 +36,7 @@ from .module import classifier_of
 from .reward_model import PersonalizedRewardModel
 from .sharded import check_sharding, is_sharded, whole_module
 from .soft_prompt import SoftPrompt
-from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset
+from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, correct, reward_dataset
 from .tuned import TUNINGS, tuned_backbone
 
 
@@ -205,7 +205,7 @@ def _peak_memory() -> float | None:
 def _validation_figures(margins: pd.DataFrame, users: UserIndex) -> dict[str, Any]:
     """Log loss and accuracy on validation rows with the user and with row 0; each user's own go to the users' facts."""
     sides = {"personal": margins["margin"].to_numpy(), "row0": margins["margin_row0"].to_numpy()}
-    right = {name: 0.5 + 0.5 * np.sign(m) for name, m in sides.items()}
+    right = {name: correct(m) for name, m in sides.items()}
     table = pd.DataFrame({"user": margins["user"], **right}).groupby("user")
     for number, part in table:
         user: int = number  # type: ignore[assignment]

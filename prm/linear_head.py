@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.comparisons import Comparison
 from ..core.scoring import ScoreRequest
 from ..core.users import ClusterUsers, UserIndex, UserModel
-from .features import Text, texts_of_requests
+from .features import Text, texts_of, texts_of_requests
 from .new_user import OffsetPrior, fit_mixture, fit_offsets
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class LinearHead:
 
     def without_users(self) -> "LinearHead":
         """The same head without what users' vectors can be read from."""
-        factor = np.zeros((0, 0), dtype=np.float32)
-        return LinearHead(self.uniform, self.scale, OffsetPrior(self.prior.isotropic, factor) if self.prior else None)
+        prior = OffsetPrior(self.prior.isotropic, self.prior.factor[:0]) if self.prior else None
+        return LinearHead(self.uniform, self.scale, prior)
 
     def prepare(self, model: "PersonalizedRewardModel", requests: Sequence[ScoreRequest], show: bool) -> None:
         """Computes and caches the states that scoring the requests will need, with one progress bar for all of them."""
@@ -64,7 +64,7 @@ class LinearHead:
 
     def prepare_rows(self, model: "PersonalizedRewardModel", rows: Sequence[Comparison]) -> None:
         """Computes and caches the states that a fit on comparisons will need."""
-        self.scaled_differences(model, rows)
+        model.reader.positions(texts_of(rows), model.show)
 
     @torch.no_grad()
     def score(
@@ -126,8 +126,7 @@ class LinearHead:
             prior = users.logits.weight[0].detach().cpu().numpy()
             return fit_mixture(z @ centres.T, prior, model.settings["mixture_strength"])
         assert self.prior is not None  # individualized runs always have one
-        prior_of = self.prior if len(self.prior.factor) else OffsetPrior(self.prior.isotropic, np.zeros((0, len(row0))))
-        return fit_offsets(z[None], (z @ row0)[None], prior_of)[0] / self.scale
+        return fit_offsets(z[None], (z @ row0)[None], self.prior)[0] / self.scale
 
     @torch.no_grad()
     def _vector(self, model: Any, own: np.ndarray) -> np.ndarray:

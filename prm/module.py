@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
@@ -19,7 +18,7 @@ from ..core.pretrained import Backbone
 from ..core.subclass import subclass
 from ..core.tokenize import TokenRow
 from ..core.users import UserModel
-from .pooling import POOLINGS, last_state, mean_state
+from .pooling import POOLINGS, last_state, mean_state, row_inputs
 
 AGGREGATORS = ("linear_head", "soft_prompt")
 
@@ -129,17 +128,6 @@ def classifier_of(backbone: Backbone) -> Any:
         head.weight.zero_() if backbone.score is None else head.weight.copy_(backbone.score)
     model.score = head
     return model
-
-
-def row_inputs(rows: Sequence[TokenRow], device: Any) -> dict[str, Tensor]:
-    """Right-padded inputs (R, T) of token rows, with the mask of their responses."""
-    ids = [torch.tensor(row.prompt_ids + row.response_ids) for row in rows]
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    starts = torch.tensor([len(row.prompt_ids) for row in rows])[:, None]
-    padded = pad_sequence(ids, batch_first=True)  # (R, T)
-    places = torch.arange(padded.shape[1])
-    masks = {"attention_mask": places < lengths, "completion_mask": (places >= starts) & (places < lengths)}
-    return {"input_ids": padded.to(device), **{name: mask.long().to(device) for name, mask in masks.items()}}
 
 
 @torch.inference_mode()

@@ -20,8 +20,8 @@ from ..core.comparisons import Comparison
 from ..core.tokenize import TokenRow
 from ..core.users import ClusterUsers, UniformUsers, UserModel
 from .features import texts_of
-from .module import row_inputs
 from .new_user import fit_mixture
+from .pooling import row_inputs
 
 if TYPE_CHECKING:
     from .reward_model import PersonalizedRewardModel

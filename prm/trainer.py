@@ -248,9 +248,9 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
         out = super().evaluation_loop(*args, **kwargs)
         if out.metrics is not None and self._margins:
             table = self.margins()
-            correct = _correct(table["margin"])
+            right = correct(table["margin"])
             prefix = kwargs.get("metric_key_prefix", "eval")
-            out.metrics[f"{prefix}_accuracy_average"] = float(correct.groupby(table["user"]).mean().mean())
+            out.metrics[f"{prefix}_accuracy_average"] = float(right.groupby(table["user"]).mean().mean())
         return out
 
     def margins(self) -> pd.DataFrame:
@@ -276,7 +276,7 @@ class _TellsSampler(TrainerCallback):
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
-def _correct(margins: pd.Series) -> pd.Series:
+def correct(margins: Any) -> Any:
     """1 where the chosen response scores higher, .5 for a tie."""
     return 0.5 + 0.5 * np.sign(margins)
 
