@@ -65,7 +65,7 @@ def simulated(_: str | None) -> Setting:
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
         "linear_head": linear,
-        "soft_prompt": {**SOFT, "num_train_epochs": 1, "eval_steps": 0.5, "save_steps": 0.5},
+        "soft_prompt": {**SOFT, "num_train_epochs": 3, "eval_steps": 0.125, "save_steps": 0.125},
         "uniform": {**linear, "user_model": "uniform", "num_train_epochs": 2},
     }
     return Setting(parts, TextLayout("none", user_text="ignore"), arms)
@@ -74,7 +74,7 @@ def simulated(_: str | None) -> Setting:
 def stated(_: str | None) -> Setting:
     """Pairs of users with opposite tastes, told in plain words, judge the same responses; nobody has a vector."""
     names = ("length", "exclamation")
-    plan = SimulationPlan(users=40, comparisons=24, properties=names, stated=True, mirrored=True, seed=SEED)
+    plan = SimulationPlan(users=40, comparisons=100, properties=names, stated=True, mirrored=True, seed=SEED)
     _, parts = simulated_parts(POOL, plan, SplitPlan("prompt", 0.1, 0.25, 0.25, SEED))
     arms = {
         "reads_text": {"user_model": "uniform", "num_train_epochs": 3, "train_sampling_strategy": "group_by_length"}
@@ -88,7 +88,7 @@ def personas8(data: str | None) -> Setting:
     parts = split(whole, SplitPlan("prompt", seed=SEED))
     few = {"train": first_rows(parts["train"], 60, SEED), "validation": first_rows(parts["validation"], 12, SEED)}
     few["test"] = first_rows(parts["test"], 40, SEED)
-    common = {"num_train_epochs": 1, "train_sampling_strategy": "group_by_length"}
+    common = {"num_train_epochs": 2, "train_sampling_strategy": "group_by_length"}
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
         "linear_head": common,
@@ -178,7 +178,7 @@ def figures(name: str, setting: Setting, models: dict[str, PersonalizedRewardMod
     made = {"rows": {part: len(of) for part, of in setting.parts.items()}, "costs": costs}
     if name in ("stated", "prefeval"):
         return {**made, **by_text(models["reads_text"], setting, name)}
-    found = {arm: evaluate_model(model, rows, arm) for arm, model in models.items()}
+    found = {arm: evaluate_model(model, rows, arm, shuffles=1) for arm, model in models.items()}
     units = np.asarray([prompt_text(row.prompt) for row in rows], dtype=object)
     seen = next(iter(found.values())).seen
     accuracy = {

@@ -97,7 +97,8 @@ def load(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtefactError(
-            f"{folder}: no {MANIFEST} in it, so it is no finished run; train one with `prlhf prm train`"
+            f"{folder}: no {MANIFEST} in it, so it is no finished run; train one with `prlhf prm train` or "
+            "`prlhf policy train`"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -110,6 +111,13 @@ def load(folder: Path, kind: str) -> dict[str, Any]:
     for name, description in listed.items():
         _check_file(folder, name, description)
     return manifest
+
+
+def kind_of(folder: Path) -> str:
+    """What a run's folder says that it holds, "" where it says nothing; `load` tells what is wrong with it."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"])
+    return ""
 
 
 def _finish_update(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparisons import DataError, Problem, Prompt, response_text, to_prompt
-from .sources.files import jsonl_objects
+from .sources.files import jsonl_objects, read_rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,26 @@ def read_candidates(path: Path) -> list[Candidates]:
     if not read:
         raise DataError(f"{path}: no candidates in it")
     return [found for found in read if isinstance(found, Candidates)]
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """The distinct prompts of a file of prompts, candidates or comparisons, in their order.
+
+    Args:
+        source: anything that `load_comparisons` reads; only `prompt` is looked at.
+
+    Raises:
+        DataError: names file, line and field of what is wrong.
+    """
+    found: dict[str, Prompt] = {}
+    for place, row in read_rows(source):
+        prompt = row if isinstance(row, Problem) else to_prompt(row.get("prompt"), place)
+        if isinstance(prompt, Problem):
+            raise DataError(str(prompt))
+        found.setdefault(str(prompt), prompt)
+    if not found:
+        raise DataError(f"{source}: no prompts in it")
+    return list(found.values())
 
 
 def _candidates(row: Mapping[str, Any] | Problem, place: str) -> Candidates | Problem:

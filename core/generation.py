@@ -1,4 +1,4 @@
-"""Responses sampled from a language model: prompts in, a stream of candidates out.
+"""Responses sampled from a language model: prompts and users in, a stream of candidates out.
 
 `Generator` is what best-of-n knows of any source of candidates; `LocalGenerator` is the one that runs a model here. It
 runs a prompt through the model once for all of its responses in a batch, and draws every response with a random stream
@@ -7,11 +7,10 @@ the last digits, and with them a text now and then).
 """
 
 import hashlib
-import math
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -21,33 +20,11 @@ from torch import Tensor
 
 from .comparisons import Prompt, User
 from .pretrained import ModelSource, load_causal_model
+from .sampling import Sampling, draw
 from .tokenize import RowTokenizer, TextLayout
 
 SEQUENCES_AT_ONCE = 64
 NOBODY = User(None)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; names and meaning are those of transformers' `GenerationConfig`.
-
-    Attributes:
-        max_new_tokens: a response that has not ended by then is cut there (`Candidate.ended` is False).
-        temperature: 0 takes the likeliest token.
-        top_p: draws from the likeliest tokens that together have this probability.
-        top_k: draws from this many of the likeliest tokens; 0 for no limit.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"temperature and top_k must not be negative and top_p be in (0, 1], found {self}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +61,7 @@ class Candidate:
         index: which of the request's `indices` it is.
         tokens: number of tokens drawn, the one that ends the response included.
         ended: whether the model ended it; False where `max_new_tokens` cut it.
+        user_known: False where row 0, the unknown user, answered; None from a model that knows no users.
     """
 
     request: GenerateRequest
@@ -91,6 +69,7 @@ class Candidate:
     text: str
     tokens: int
     ended: bool
+    user_known: bool | None = None
 
 
 class Generator(Protocol):
@@ -106,12 +85,27 @@ class LocalGenerator:
         model: Hugging Face causal language model.
         tokenizer: puts prompts into the model's chat template.
         sequences: how many responses are drawn side by side.
+        row_of: of a personalized model, a user's row in its user model, 0 for the unknown user.
+        strength: of personalization, w in the logits `row0 + w (user - row0)`: 0 is the unknown user, 1 the model as it
+            is, more is stronger. Other values than these two run each text twice.
     """
 
-    def __init__(self, model: Any, tokenizer: RowTokenizer, sequences: int = SEQUENCES_AT_ONCE):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: RowTokenizer,
+        sequences: int = SEQUENCES_AT_ONCE,
+        row_of: Callable[[User], int] | None = None,
+        strength: float = 1.0,
+    ):
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, found {sequences}")
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength must be at least 0, found {strength}")
+        if strength != 1 and row_of is None:
+            raise ValueError(f"strength {strength:g}: this model knows no users, so there is nothing to strengthen")
         self.model, self.tokenizer, self.sequences = model, tokenizer, sequences
+        self.row_of, self.strength = row_of, strength
         self.end_ids = _end_ids(model, tokenizer)
 
     @classmethod
@@ -166,10 +160,10 @@ class LocalGenerator:
 
     @torch.inference_mode()
     def _sample(self, batch: Sequence[tuple[GenerateRequest, int]], sampling: Sampling) -> Iterator[Candidate]:
-        prompts = {self._prompt_ids(request): None for request, _ in batch}
-        place = {ids: i for i, ids in enumerate(prompts)}
-        of_prompt = [place[self._prompt_ids(request)] for request, _ in batch]  # R entries
-        logits, decoding = self._prefill(list(prompts))
+        inputs = [(self._prompt_ids(request), self._row(request)) for request, _ in batch]
+        place = {given: i for i, given in enumerate(dict.fromkeys(inputs))}
+        of_prompt = [place[given] for given in inputs]  # R entries
+        logits, decoding = self._prefill(list(place))
         decoding = decoding.take(of_prompt)
         logits = logits[of_prompt]  # (P, V) -> (R, V)
         streams = [_stream(request, index) for request, index in batch]
@@ -190,97 +184,91 @@ class LocalGenerator:
                 decoding, tokens = decoding.take(going), tokens[going]
             logits = decoding.step(self.model, tokens)
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, "_Decoding"]:
-        """Runs P prompts, padded on the left, once; gives the next token's logits (P, V)."""
+    def _row(self, request: GenerateRequest) -> int:
+        """The user's row; 0 also where nobody has one."""
+        return self.row_of(request.user) if self.row_of and self.strength else 0
+
+    def _prefill(self, inputs: Sequence[tuple[tuple[int, ...], int]]) -> tuple[Tensor, "_Decoding"]:
+        """Runs P prompts for their users, padded on the left, once; gives the next token's logits (P, V)."""
         device = next(self.model.parameters()).device
-        longest = max(map(len, prompts))
-        pads = [longest - len(ids) for ids in prompts]
-        input_ids = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(pads, prompts, strict=True)], device=device)
+        mixed = self.strength not in (0, 1)
+        inputs = [*inputs, *((ids, 0) for ids, _ in inputs)] if mixed else inputs  # with users, then without
+        longest = max(len(ids) for ids, _ in inputs)
+        pads = [longest - len(ids) for ids, _ in inputs]
+        padded = [[0] * pad + list(ids) for pad, (ids, _) in zip(pads, inputs, strict=True)]
         mask = torch.arange(longest, device=device) >= torch.tensor(pads, device=device)[:, None]  # (P, T)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        users = torch.tensor([row for _, row in inputs], device=device) if self.row_of else None
         # An index and not a count: the slice that a count takes makes the CPU copy the whole LM head once per prompt.
         keep = torch.tensor([longest - 1], device=device)
         out = self.model(
-            input_ids=input_ids, attention_mask=mask.long(), position_ids=positions, use_cache=True, logits_to_keep=keep
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=mask.long(),
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=keep,
+            **_users(users),
         )
-        return out.logits[:, -1].float(), _Decoding(out.past_key_values, mask.long(), positions[:, -1:])
+        strength = self.strength if mixed else None
+        decoding = _Decoding(out.past_key_values, mask.long(), positions[:, -1:], users, strength)
+        return decoding.mixed(out.logits[:, -1].float()), decoding
 
     def _candidate(self, one: tuple[GenerateRequest, int], ids: Sequence[int]) -> Candidate:
         ended = ids[-1] in self.end_ids
         text = self.tokenizer.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        return Candidate(*one, text.strip(), len(ids), ended)
+        known = self.row_of(one[0].user) > 0 if self.row_of else None
+        return Candidate(*one, text.strip(), len(ids), ended, known)
+
+
+def _users(users: Tensor | None) -> dict[str, Tensor]:
+    return {} if users is None else {"user_ids": users}
 
 
 @dataclass
 class _Decoding:
-    """Where R responses stand: the cache of keys and values, the tokens' mask (R, T), the last position (R, 1)."""
+    """Where R responses stand: the cache of keys and values, the tokens' mask (R, T), the last position (R, 1).
+
+    Attributes:
+        users: (R,) rows of the user model; None for a model without.
+        strength: where it is there, everything has 2R rows, the last R of them for the unknown user, and the logits
+            of both are mixed.
+    """
 
     cache: Any
     mask: Tensor
     position: Tensor
+    users: Tensor | None
+    strength: float | None
 
     def take(self, rows: Sequence[int]) -> "_Decoding":
-        """Goes on with these rows, in this order, a row as often as it is named."""
+        """Goes on with these of the R rows, in this order, a row as often as it is named."""
         chosen = torch.tensor(rows, device=self.mask.device)
+        if self.strength is not None:
+            chosen = torch.cat([chosen, chosen + len(self.mask) // 2])
         self.cache.batch_select_indices(chosen)
-        return _Decoding(self.cache, self.mask[chosen], self.position[chosen])
+        users = None if self.users is None else self.users[chosen]
+        return _Decoding(self.cache, self.mask[chosen], self.position[chosen], users, self.strength)
 
     def step(self, model: Any, tokens: Tensor) -> Tensor:
         """Appends one token per row (R,); gives the logits of the next, (R, V) fp32."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
         self.position = self.position + 1
         out = model(
-            input_ids=tokens[:, None],
+            input_ids=(tokens if self.strength is None else tokens.repeat(2))[:, None],
             attention_mask=self.mask,
             position_ids=self.position,
             past_key_values=self.cache,
             use_cache=True,
+            **_users(self.users),
         )
-        return out.logits[:, -1].float()
+        return self.mixed(out.logits[:, -1].float())
 
-
-def draw(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> Tensor:
-    """One token per row, (R,), by inverting the distribution function at a uniform number per row.
-
-    Args:
-        logits: (R, V) fp32.
-        uniforms: R numbers in [0, 1).
-
-    Raises:
-        ValueError: a logit is NaN or infinite.
-    """
-    largest = logits.amax(-1, keepdim=True)  # NaN where one of the row's is
-    if not torch.isfinite(largest).all():
-        raise ValueError("the model's logits are not numbers; try --dtype float32")
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = ((logits - largest) / sampling.temperature).softmax(-1)
-    kept, ids = _kept(probabilities, sampling)  # each (R, k)
-    upto = kept.cumsum(-1)
-    at = torch.tensor(uniforms, dtype=upto.dtype, device=upto.device)[:, None] * upto[:, -1:]
-    # `right`: the first token whose share reaches beyond the number, so one of probability 0 is not drawn; in fp32
-    # the number may be rounded up to the whole, which nothing reaches beyond.
-    place = torch.searchsorted(upto, at, right=True).minimum((upto < upto[:, -1:]).sum(-1, keepdim=True))
-    return (place if ids is None else ids.gather(1, place))[:, 0]
-
-
-def _kept(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Probabilities that `top_k` and `top_p` leave, (R, k), and their token ids; ids None where all tokens stay.
-
-    The likeliest few nearly always hold `top_p`, and picking them is an order of magnitude cheaper than sorting V.
-    """
-    size = probabilities.shape[1]
-    limit = min(sampling.top_k or size, size)
-    if limit == size and sampling.top_p == 1:
-        return probabilities, None
-    k = limit if sampling.top_k else min(256, size)
-    while True:
-        likeliest, ids = probabilities.topk(k, dim=-1)  # (R, k), in falling order
-        whole = likeliest.sum(-1, keepdim=True) if sampling.top_k else probabilities.sum(-1, keepdim=True)
-        before = likeliest.cumsum(-1) - likeliest
-        if k == limit or bool((before[:, -1:] >= sampling.top_p * whole).all()):
-            return likeliest.masked_fill(before >= sampling.top_p * whole, 0), ids
-        k = min(4 * k, limit)
+    def mixed(self, logits: Tensor) -> Tensor:
+        """`row0 + strength (user - row0)`: (2R, V) -> (R, V); logits without a strength are left alone."""
+        if self.strength is None:
+            return logits
+        own, row0 = logits.chunk(2)
+        return row0 + self.strength * (own - row0)
 
 
 def _stream(request: GenerateRequest, index: int) -> random.Random:

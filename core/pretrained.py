@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,11 @@ class ModelSource:
 
 @dataclass(eq=False)
 class Backbone:
-    """A frozen transformer without its head.
+    """A frozen transformer, without its head or as a language model.
 
     Attributes:
-        model: Hugging Face base model in evaluation mode; gives `last_hidden_state` (R, T, D).
+        model: Hugging Face base model in evaluation mode, which gives `last_hidden_state` (R, T, D), or a causal
+            language model.
         score: (D,) fp32 weight of the scalar head when the checkpoint is a stock reward model, else None.
         fingerprint: hash of all weights, the dtype they run in and the configuration; the same model gives the same
             fingerprint wherever it lies.
@@ -65,6 +66,10 @@ class Backbone:
     text_hash: str = ""
     score: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def trained(self, model: Any, fingerprint: str) -> "Backbone":
+        """What training made of it, under a fingerprint of its own, so that what is cached is never mixed up."""
+        return replace(self, model=model, fingerprint=fingerprint, memo={})
 
     @property
     def hidden_size(self) -> int:
@@ -243,6 +248,12 @@ def load_causal_model(source: ModelSource, dtype: str = "auto", device: str | No
     keep: dict[str, Any] = {"dtype": choose_dtype(dtype, place), "use_safetensors": True}
     model: Any = AutoModelForCausalLM.from_pretrained(source.path, **keep)
     return model.to(place).eval().requires_grad_(False), AutoTokenizer.from_pretrained(source.path)
+
+
+def load_language_model(source: ModelSource, dtype: str = "auto", device: str | None = None) -> Backbone:
+    """Loads a causal language model as something that can be trained and told apart; see `load_causal_model`."""
+    model, tokenizer = load_causal_model(source, dtype, device)
+    return Backbone(model, tokenizer, source, model.dtype, fingerprint(model, source.path), text_hash(tokenizer))
 
 
 def _device(device: str | None) -> torch.device:

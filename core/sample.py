@@ -1,26 +1,34 @@
 """Responses that are drawn once and kept: sampling that goes on where it was interrupted."""
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 from tqdm import tqdm
 
+from .comparisons import User
 from .generation import GenerateRequest, Generator
 from .store import JsonlStore
 
 
 def sample(
-    generator: Generator, requests: Sequence[GenerateRequest], store: JsonlStore, model: str, show: bool = False
+    generator: Generator,
+    requests: Sequence[GenerateRequest],
+    store: JsonlStore,
+    model: str | Callable[[User], str],
+    show: bool = False,
 ) -> list[list[str]]:
     """The n texts of each request; those in the store are not drawn again, and each is kept as soon as it is drawn.
 
     Args:
-        model: tells models apart in the store, for instance a fingerprint.
+        model: tells models apart in the store, for instance a fingerprint; for a personalized one, what it is for a
+            user, whose vectors may have changed.
         show: whether a bar shows the progress.
     """
     singles = [[replace(request, n=1, first=i) for i in request.indices] for request in requests]
-    keys = [[_key(model, single) for single in mine] for mine in singles]
+    named = model if callable(model) else lambda _: model
+    keys = [[_key(named(single.user), single) for single in mine] for mine in singles]
     missing = {
         key: single
         for mine, its in zip(singles, keys, strict=True)
@@ -28,12 +36,16 @@ def sample(
         if key not in store
     }
     hidden = not (show and missing)
-    drawn = generator.generate(list(missing.values()))
-    for candidate in tqdm(drawn, total=len(missing), unit="text", desc="responses", disable=hidden):
+    drawn, tokens, begun = generator.generate(list(missing.values())), 0, time.monotonic()
+    for candidate in (bar := tqdm(drawn, total=len(missing), unit="text", desc="responses", disable=hidden)):
         request = candidate.request
+        tokens += candidate.tokens
+        bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):,.0f} tok/s", refresh=False)
         made = {"prompt": request.prompt, "user_id": request.user.id, "seed": request.seed, "index": candidate.index}
         facts = {"sampling": asdict(request.sampling), "tokens": candidate.tokens, "ended": candidate.ended}
-        store.append({"key": _key(model, request), **made, **facts, "text": candidate.text})
+        if candidate.user_known is not None:
+            facts["user_known"] = candidate.user_known
+        store.append({"key": _key(named(request.user), request), **made, **facts, "text": candidate.text})
     return [[store[key]["text"] for key in its] for its in keys]
 
 

@@ -7,66 +7,13 @@ loss is written here: the trainer's own `compute_loss` runs on each half of one 
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .backbone import Place, is_user, unwrapped
-
-
-@dataclass
-class PersonalizedFields:
-    """Fields that a personalized trainer's configuration has beside those of TRL."""
-
-    user_model: Literal["individualized", "cluster", "uniform"] = field(
-        default="individualized", metadata={"help": "How users share what they like."}
-    )
-    user_tokens: int = field(default=10, metadata={"help": "K, vectors of a user's soft prompt."})
-    user_clusters: int = field(default=10, metadata={"help": "Number of clusters of the cluster user model."})
-    user_shared: bool = field(
-        default=True, metadata={"help": "False: individualized users without the shared e_0 (the paper's ablation)."}
-    )
-    user_place: Place = field(
-        default="prepend", metadata={"help": "Where a soft prompt stands: before the text, or after its BOS token."}
-    )
-    user_loss_alpha: float = field(
-        default=0.5, metadata={"help": "Weight of the loss with the user; the rest is row 0's."}
-    )
-    user_loss: Literal["exact", "sampled"] = field(
-        default="exact",
-        metadata={
-            "help": "exact: both losses of each comparison; sampled: one of them, drawn with probability alpha, which "
-            "is right on average and costs half the rows of a soft prompt."
-        },
-    )
-    user_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of the users' vectors, which have no weight decay; default by what they are."}
-    )
-
-    def __post_init__(self) -> None:
-        cast(Any, super()).__post_init__()
-        if not 0 <= self.user_loss_alpha <= 1:
-            raise ValueError(f"user_loss_alpha must lie between 0 and 1, found {self.user_loss_alpha}")
-        if not self.user_tokens and self.user_model != "uniform":
-            raise ValueError(
-                "user_tokens 0 is the plain model, and the uniform user model the only one without vectors"
-            )
-        for name, least in (("user_tokens", 0), ("user_clusters", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, found {getattr(self, name)}")
-        if self.user_learning_rate is not None and not 0 <= self.user_learning_rate < float("inf"):
-            raise ValueError(f"user_learning_rate must be at least 0, found {self.user_learning_rate}")
-
-    def user_options(self, seed: int) -> dict[str, Any]:
-        """What `make_user_model` needs beside users and start."""
-        options: dict[str, dict[str, Any]] = {
-            "cluster": {"clusters": self.user_clusters, "seed": seed},
-            "individualized": {"shared": self.user_shared},
-        }
-        return options.get(self.user_model, {})
+from .backbone import is_personal, is_user, unwrapped
 
 
 class TrainingStopped(ValueError):
@@ -93,6 +40,33 @@ class AlphaMix:
         self._draws, self._rows_of_step = (-1, 0), (-1, [])
         return cast(Any, super()).train(*args, **kwargs)
 
+    def check_columns(self, maker: str, **datasets: Any) -> None:
+        """Refuses a data set that is there and lacks a column.
+
+        Raises:
+            ValueError: names the data set, the columns, and the function that makes them.
+        """
+        for name, given in datasets.items():
+            missing = {"chosen_ids", "rejected_ids", *self.user_columns} - set(given.column_names if given else ())
+            if given is not None and missing:
+                raise ValueError(f"{name}: no column {', '.join(sorted(missing))}; make it with `{maker}`")
+
+    def begin(self, personal: list[Any]) -> None:
+        """After the stock constructor: users and head are trained though peft has frozen whatever is not its own."""
+        for parameter in personal:
+            parameter.requires_grad_(parameter.numel() > 0)
+        cast(Any, self).add_callback(StopAtBadGradient(self))
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        """Nothing: rows are tokenized, and the length policy has met them; TRL would drop some in silence."""
+        return dataset
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("push the finished run, with `push_to_hub` of prlhf, which leaves users' data out")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the card of the finished run says what TRL's can't."""
+
     def _set_signature_columns_if_needed(self) -> None:
         me: Any = self
         cast(Any, super())._set_signature_columns_if_needed()
@@ -113,8 +87,8 @@ class AlphaMix:
         elif training and not alpha:
             inputs["user_ids"] = torch.zeros_like(inputs["user_ids"])
         if training and alpha in (0.0, 1.0):
-            loss, outputs = cast(Any, super()).compute_loss(model, inputs, True, num_items_in_batch)
-            halves = [outputs]
+            found = cast(Any, super()).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, halves = (found[0], [found[1]]) if return_outputs else (found, [])
         else:
             loss, halves = self._mixed(model, inputs, alpha, num_items_in_batch)
         if training:
@@ -127,13 +101,13 @@ class AlphaMix:
         me, stock = cast(Any, self), cast(Any, super())
         mode = "train" if me.model.training else "eval"
         pass_of_both = _OnePass(model, self.double)
-        own, _ = stock.compute_loss(pass_of_both.half(0), inputs, True, items)
+        own = stock.compute_loss(pass_of_both.half(0), inputs, False, items)
         # What the stock code records of the second half is put aside, and its tokens are not counted again.
         kept, tokens = me._metrics[mode], me._total_train_tokens
         generic: dict[str, list[float]] = defaultdict(list)
         me._metrics[mode] = generic
         unknown = {**inputs, "user_ids": torch.zeros_like(inputs["user_ids"])}
-        row0, _ = stock.compute_loss(pass_of_both.half(1), unknown, True, items)
+        row0 = stock.compute_loss(pass_of_both.half(1), unknown, False, items)
         me._metrics[mode], me._total_train_tokens = kept, tokens
         for key in self.generic_metrics:
             kept[f"generic/{key}"].extend(generic[key])
@@ -150,6 +124,7 @@ class AlphaMix:
 
     def record(self, rows: Tensor, inputs: dict[str, Any], halves: list[Any]) -> None:
         """Sees the outputs of every evaluation batch."""
+        raise NotImplementedError
 
     def _drawn(self, user_ids: Tensor) -> Tensor:
         """Users of (2B,) rows, both rows of a comparison unknown with probability 1 - alpha.
@@ -254,3 +229,23 @@ def _halves(out: Any, rows: int) -> list[Any]:
 def and_unknown(user_ids: Tensor) -> Tensor:
     """(R,) -> (2R,): the users, then row 0 as often."""
     return torch.cat([user_ids, torch.zeros_like(user_ids)])
+
+
+def personal_parameters(model: Any) -> list[Any]:
+    """What is trained beside the language model: users' vectors and the reward head."""
+    return [p for name, p in model.named_parameters() if is_personal(name) and p.requires_grad]
+
+
+def beside_users(peft_config: Any) -> Any:
+    """A peft configuration that leaves the head and the user model alone, which are trained as they are.
+
+    Without a task type, because that of sequence classifiers makes a second copy of `score`.
+    """
+    if peft_config is None:
+        return None
+    changed = type(peft_config).from_peft_type(**{**peft_config.to_dict(), "task_type": None})
+    own = {"score", "user_model"}
+    changed.modules_to_save = [m for m in changed.modules_to_save or () if m not in own] or None
+    if isinstance(changed.target_modules, str) and hasattr(changed, "exclude_modules") and not changed.exclude_modules:
+        changed.exclude_modules = sorted(own)
+    return changed

@@ -94,6 +94,7 @@ def evaluate(
     baselines: Mapping[str, Scorer],
     directions: Mapping[str | None, int],
     group_column: str | None = None,
+    shuffles: int = SHUFFLES,
 ) -> Evaluation:
     """Evaluates a scorer on comparisons that it was not trained on.
 
@@ -103,6 +104,8 @@ def evaluate(
         baselines: further scorers, the uniform model for one.
         directions: the best fixed length direction per user, from training rows (see `length_directions`).
         group_column: column of the rows by which Accuracy-average is also given, for instance majority / minority.
+        shuffles: how many times ids are shuffled for the control, each costing one more scoring of all rows where
+            scores are not shared by users; 0 for no control.
 
     Raises:
         ValueError: no rows, or a row lacks the group column; names it.
@@ -112,7 +115,7 @@ def evaluate(
     users = [row.user for row in rows]
     seen = np.asarray([knows(user) for user in users])
     known = sorted({user.id for user in users if user.id is not None and knows(user)})
-    by_model = _all_margins(name, scorer, rows, users, known, baselines, directions)
+    by_model = _all_margins(name, scorer, rows, users, known, baselines, directions, shuffles)
     correct = {model: np.mean([accuracies(m) for m in each], axis=0) for model, each in by_model.items()}
     table = _user_table(name, users, seen, correct, _groups(rows, group_column))
     unit, drawn = units_of(rows)
@@ -140,12 +143,13 @@ def _all_margins(
     known: Sequence[str],
     baselines: Mapping[str, Scorer],
     directions: Mapping[str | None, int],
+    shuffles: int,
 ) -> dict[str, list[np.ndarray]]:
     """Model -> margins (B,), several of them where the model is a random control."""
     nobody = [User(None, user.text) for user in users]
-    shuffles = [shuffled_users(users, known, seed) for seed in range(SHUFFLES)]
+    others = [shuffled_users(users, known, seed) for seed in range(shuffles)]
     # One call for all variants of the scorer, row by row: it runs each response through its backbone once.
-    variants = [users, nobody, *shuffles]
+    variants = [users, nobody, *others]
     repeated = [row for row in rows for _ in variants]
     every = margins(scorer, repeated, [user for same_row in zip(*variants, strict=True) for user in same_row])
     own, row0, *shuffled = every.reshape(len(rows), len(variants)).T
@@ -154,7 +158,7 @@ def _all_margins(
         if other != name:
             result |= {other: [margins(baseline, rows, users)], other + OF_ROW0: [margins(baseline, rows, nobody)]}
     result["longer"] = [margins(always_longer(), rows, users)]
-    if len(known) > 1:  # with one user there is nobody else's id
+    if shuffled and len(known) > 1:  # with one user there is nobody else's id
         result["shuffled_users"] = shuffled
     truth = true_margins(rows)
     return result if truth is None else result | {"ceiling": [truth]}

@@ -1,0 +1,1 @@
+"""Personalized policies (P-DPO, P-IPO and other preference losses)."""

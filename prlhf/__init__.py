@@ -19,7 +19,7 @@ _PLACES = {
     "Ranking": "core.scoring",
     "GenerateRequest": "core.generation",
     "LocalGenerator": "core.generation",
-    "Sampling": "core.generation",
+    "Sampling": "core.sampling",
     "ScoreRequest": "core.scoring",
     "Scorer": "core.scoring",
     "each": "core.scoring",
@@ -35,6 +35,12 @@ _PLACES = {
     "fit_reward_model": "prm.fit",
     "train_reward_model": "prm.joint",
     "PersonalizedRewardConfig": "prm.trainer",
+    "PersonalizedDPOConfig": "policy.trainer",
+    "PersonalizedDPOTrainer": "policy.trainer",
+    "PersonalizedPolicy": "policy.policy",
+    "train_policy": "policy.train",
+    "load_language_model": "core.pretrained",
+    "load_run": "runs",
     "PersonalizedRewardTrainer": "prm.trainer",
     "personalize": "core.backbone",
     "evaluate": "eval.preference",
@@ -52,9 +58,10 @@ if TYPE_CHECKING:
     from .core.comparisons import User as User
     from .core.generation import GenerateRequest as GenerateRequest
     from .core.generation import LocalGenerator as LocalGenerator
-    from .core.generation import Sampling as Sampling
     from .core.pretrained import find_model as find_model
     from .core.pretrained import load_backbone as load_backbone
+    from .core.pretrained import load_language_model as load_language_model
+    from .core.sampling import Sampling as Sampling
     from .core.scoring import Ranking as Ranking
     from .core.scoring import Scorer as Scorer
     from .core.scoring import ScoreRequest as ScoreRequest
@@ -69,12 +76,17 @@ if TYPE_CHECKING:
     from .core.users import UserIndex as UserIndex
     from .eval.preference import evaluate as evaluate
     from .eval.regret import regret as regret
+    from .policy.policy import PersonalizedPolicy as PersonalizedPolicy
+    from .policy.train import train_policy as train_policy
+    from .policy.trainer import PersonalizedDPOConfig as PersonalizedDPOConfig
+    from .policy.trainer import PersonalizedDPOTrainer as PersonalizedDPOTrainer
     from .prm.fit import fit_reward_model as fit_reward_model
     from .prm.head_config import HeadConfig as HeadConfig
     from .prm.joint import train_reward_model as train_reward_model
     from .prm.reward_model import PersonalizedRewardModel as PersonalizedRewardModel
     from .prm.trainer import PersonalizedRewardConfig as PersonalizedRewardConfig
     from .prm.trainer import PersonalizedRewardTrainer as PersonalizedRewardTrainer
+    from .runs import load_run as load_run
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 
 from prlhf.core.comparisons import Comparisons
 from prlhf.core.figures import Figure
+from prlhf.core.personal import PersonalizedModel
 from prlhf.core.splits import group_key
 from prlhf.eval.charts import POINTS, shown
 from prlhf.eval.metrics import clustered_mean
@@ -22,7 +23,6 @@ from prlhf.eval.sections import (
     map_section,
     users_section,
 )
-from prlhf.prm.reward_model import PersonalizedRewardModel
 
 PERSONAL_DATA = (
     "Each user's vector less that of the unknown user, in the two directions in which users differ most. Close "
@@ -34,7 +34,7 @@ def evaluation_page(
     path: Path,
     command: str,
     seconds: float,
-    model: PersonalizedRewardModel,
+    model: PersonalizedModel,
     rows: Comparisons,
     found: Evaluation,
     against: Mapping[str, Any] | None = None,
@@ -74,7 +74,7 @@ def _lead(source: str, found: Evaluation) -> list[str]:
 
 
 def evaluation_sections(
-    found: Evaluation, model: PersonalizedRewardModel, groups: Mapping[str, str] | None = None
+    found: Evaluation, model: PersonalizedModel, groups: Mapping[str, str] | None = None
 ) -> list[Section | None]:
     """Accuracy, users, groups and the map; `groups` names a group for the map for each user."""
     ids = list(model.users.ids)
@@ -84,22 +84,29 @@ def evaluation_sections(
     return [accuracy_section(found), users_section(found), groups_section(found), drawn]
 
 
-def facts_of(model: PersonalizedRewardModel) -> dict[str, str]:
+def facts_of(model: PersonalizedModel) -> dict[str, str]:
     """How a model was trained, for the end of a page."""
     made = model.settings
     return {
         "model": f"{made['model']['label']}, {made['model']['dtype']}, weights {made['model']['fingerprint']}",
-        "user model": f"{made['user_model']}, {made['aggregator']}, {made['pooling']} pooling",
+        "user model": f"{made['user_model']}, {_how(made)}",
         "trained on": f"{model.figures['rows']['train']:,} comparisons, hash {made['data']['hash']}",
         "chosen on": f"{model.figures['rows']['validation']:,} validation comparisons",
     }
+
+
+def _how(made: dict[str, Any]) -> str:
+    """How user and response meet, or by which losses a policy was trained."""
+    if "aggregator" in made:
+        return f"{made['aggregator']}, {made['pooling']} pooling"
+    return f"policy trained by {' + '.join(made['loss_type'])}, beta {made['beta']:g}; scores are implicit rewards"
 
 
 Line = tuple[str, str, str]
 LONGER = "over all users; what length explains of each one is the length rule's accuracy"
 
 
-def audit_of_training(model: PersonalizedRewardModel) -> list[Line]:
+def audit_of_training(model: PersonalizedModel) -> list[Line]:
     """What the run says of the rows that it was trained on, and that chose for it."""
     lines: list[Line] = []
     for part in ("train", "validation"):
@@ -111,7 +118,7 @@ def audit_of_training(model: PersonalizedRewardModel) -> list[Line]:
     return lines
 
 
-def audit(parts: Mapping[str, Comparisons], model: PersonalizedRewardModel) -> list[Line]:
+def audit(parts: Mapping[str, Comparisons], model: PersonalizedModel) -> list[Line]:
     """Users of each part, every row that was left out of it, and how far length alone explains the choices."""
     lines: list[Line] = []
     for name, rows in parts.items():

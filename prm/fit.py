@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,19 @@ from torch import Tensor
 
 from ..core.comparisons import Comparison, Comparisons, DataError
 from ..core.figures import wilson
+from ..core.mixture import fit_mixture
 from ..core.pairs import kept_rows
 from ..core.pretrained import Backbone
-from ..core.splits import data_hash
-from ..core.tokenize import RowTokenizer, TextLayout
-from ..core.users import UserIndex, UserModel
-from .features import POOLINGS, FeatureReader, feature_reader, over_long_by_user, over_long_notice
+from ..core.texts import over_long_by_user
+from ..core.tokenize import TextLayout
+from ..core.training import common_settings, resolved_layout, tell_over_long, user_facts, users_of
+from ..core.users import UserModel
+from .features import POOLINGS, FeatureReader, feature_reader
 from .head_config import HeadConfig
 from .heads import Examples, HeadFit, fit_heads
 from .linear_head import LinearHead
-from .new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture
-from .reward_model import PersonalizedRewardModel, length_facts
+from .new_user import OffsetPrior, PriorTrial, choose_prior
+from .reward_model import PersonalizedRewardModel
 
 BEST = "best"
 TRIAL_USERS = 200
@@ -96,14 +98,15 @@ def fit_reward_model(
     left_out = [train.dropped_counts, validation.dropped_counts]
     figures = _figures(personal, uniform, sets, parts, prior_trials, left_out)
     settings = {
-        **common_settings(backbone, resolved, pooling, train),
+        **common_settings(backbone, resolved, train),
+        "pooling": pooling,
         **_settings(config, personal.users.options()),
         "mixture_strength": mixture,
     }
     head = LinearHead(uniform.users.row0().detach() / scale, scale, prior)
     _divide(personal.users, scale)
     users.facts = user_facts(parts[0].rows, parts[0].over_long)
-    return PersonalizedRewardModel(users, personal.users, head, settings, figures, show=show, _backbone=backbone)
+    return PersonalizedRewardModel(users, personal.users, settings, figures, head=head, show=show, _backbone=backbone)
 
 
 def _best_pooling(
@@ -126,33 +129,12 @@ def resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tupl
     pooling = pooling or default_pooling(backbone)
     if pooling not in POOLINGS:
         raise ValueError(f"--pooling {pooling}: must be one of {', '.join((*POOLINGS, BEST))}")
-    resolved = RowTokenizer(backbone.tokenizer, layout).layout
-    return pooling, replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
+    return pooling, resolved_layout(backbone, layout)
 
 
 def default_pooling(backbone: Backbone) -> str:
     """`last` where a stock reward model's own head reads it, else `mean` (see docs/results.md for the measurement)."""
     return "last" if backbone.score is not None else "mean"
-
-
-def tell_over_long(by_part: Sequence[dict[str, int]], layout: TextLayout) -> None:
-    """Says on the terminal which training and validation rows the length policy met."""
-    for name, by_user in zip(("train", "validation"), by_part, strict=True):
-        if by_user:
-            verb = {"truncate": "truncated", "drop": "dropped"}[layout.over_long]
-            print(over_long_notice(name, by_user, layout, verb), file=sys.stderr)
-
-
-def users_of(rows: Sequence[Comparison], source: str, user_model: str) -> UserIndex:
-    """The users of the rows.
-
-    Raises:
-        DataError: there are none, and the user model needs some.
-    """
-    users = UserIndex.seen_in(row.user.id for row in rows)
-    if user_model != "uniform" and len(users) == 1:
-        raise DataError(f"{source}: no row has a user id, so there is no user to learn; use --user-model uniform")
-    return users
 
 
 def _settings(config: HeadConfig, options: dict[str, Any]) -> dict[str, Any]:
@@ -163,25 +145,6 @@ def _settings(config: HeadConfig, options: dict[str, Any]) -> dict[str, Any]:
         "user_options": options,
         "user_loss_alpha": config.user_loss_alpha,
         "seed": config.seed,
-    }
-
-
-def common_settings(backbone: Backbone, layout: TextLayout, pooling: str, train: Comparisons) -> dict[str, Any]:
-    """What every run records of the model it started from, of its data, and of how it reads text."""
-    source = backbone.source
-    return {
-        "pooling": pooling,
-        "layout": layout.to_dict(),
-        "reads_user_text": layout.user_text == "input" and any(row.user.text for row in train),
-        "model": {
-            "name": source.name,
-            "path": str(source.path.resolve()) if source.is_folder else "",
-            "label": source.label,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            "fingerprint": backbone.fingerprint,
-            "text_hash": backbone.text_hash,
-        },
-        "data": {"source": train.source, "hash": data_hash(list(train))},
     }
 
 
@@ -210,17 +173,6 @@ def _accuracy(fit: HeadFit, examples: Examples) -> dict[str, Any]:
     """Accuracy on comparisons, a tie counting half, with Wilson's interval."""
     margins = (fit.users(examples.users) * examples.z).sum(1)
     return wilson(float((0.5 * (torch.sign(margins) + 1)).sum()), len(examples))
-
-
-def user_facts(rows: Sequence[Comparison], over_long: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Per user id ("" for rows without one): comparisons, over-long ones, how often the longer response was chosen."""
-    by_user: dict[str, list[Comparison]] = defaultdict(list)
-    for row in rows:
-        by_user[row.user.id or ""].append(row)
-    return {
-        user: {**length_facts(mine), "over_long": over_long.get(user, 0), "origin": "trained"}
-        for user, mine in sorted(by_user.items())
-    }
 
 
 @torch.no_grad()

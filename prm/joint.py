@@ -1,43 +1,37 @@
 """Comparisons -> user model, head and backbone trained together -> a reward model that can be saved."""
 
-import hashlib
-import json
-import sys
-import time
-from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-import pandas as pd
 import torch
 
 from ..core.backbone import unwrapped
-from ..core.comparisons import Comparison, Comparisons, DataError
-from ..core.figures import wilson
-from ..core.pairs import TokenPairs, token_pairs
-from ..core.pretrained import Backbone
-from ..core.splits import data_hash
-from ..core.tokenize import RowTokenizer, TextLayout
-from ..core.users import UserIndex, UserModel, make_user_model
-from .features import feature_reader, over_long_by_user
+from ..core.comparisons import Comparison, Comparisons
+from ..core.pretrained import Backbone, load_backbone
+from ..core.sharded import is_sharded, whole_module
+from ..core.tokenize import TextLayout
+from ..core.training import (
+    TrainingRows,
+    check_tuning,
+    common_settings,
+    plain_forward,
+    run_trainer,
+    trainer_settings,
+)
+from ..core.tuned import tuned_backbone
+from ..core.users import UserModel, make_user_model
+from .features import feature_reader
 from .fit import (
     TRIAL_ROWS,
     TRIAL_USERS,
-    common_settings,
     new_user_settings,
     resolve,
-    tell_over_long,
-    user_facts,
-    users_of,
 )
 from .heads import Examples
 from .linear_head import LinearHead
-from .module import classifier_of
+from .module import classifier_of, reward_module
 from .reward_model import PersonalizedRewardModel
-from .sharded import check_sharding, is_sharded, whole_module
 from .soft_prompt import SoftPrompt
-from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, correct, reward_dataset
-from .tuned import TUNINGS, tuned_backbone
+from .trainer import PersonalizedRewardConfig, PersonalizedRewardTrainer, reward_dataset, start_user_model
 
 
 def train_reward_model(
@@ -67,37 +61,41 @@ def train_reward_model(
         DataError: rows that can't be trained on.
         TrainingStopped: a loss or gradient that is not a number.
     """
-    if tuning not in TUNINGS or (tuning == "lora") != (peft_config is not None):
-        raise ValueError(f"tuning {tuning!r}: must be one of {', '.join(TUNINGS)}; lora needs a peft_config")
+    check_tuning(tuning, peft_config)
     # With a soft prompt, the last token's state has read both the user's vectors and the whole response.
     wish = args.pooling or ("last" if args.aggregator == "soft_prompt" else None)
     pooling, resolved = resolve(backbone, layout, wish)
     args.pooling = pooling  # type: ignore[assignment]
-    rows = _Rows.of(train, validation, backbone, resolved, args)
+    rows = TrainingRows.of(train, validation, backbone, resolved, args)
     if tuning == "full":
         backbone.model.requires_grad_(True)
     trainer = _trainer(rows, backbone, args, peft_config, callbacks)
-    begun = time.time()
-    trainer.train(args.resume_from_checkpoint)
-    trainer.evaluate()
-    spent = {"training_seconds": round(time.time() - begun, 1), **_costs(trainer)}
-    if args.resume_from_checkpoint:
-        spent["resumed_from"] = str(args.resume_from_checkpoint).rpartition("-")[2]  # the seconds are those since then
-    settings = {**common_settings(backbone, resolved, pooling, train), **_settings(trainer, tuning)}
-    left_out = {"train": train.dropped_counts, "validation": validation.dropped_counts}
-    figures = {**rows.figures(), "left_out": left_out, **_validation_figures(trainer.margins(), rows.users), **spent}
+    figures = run_trainer(trainer, rows, (train, validation))
+    user_model = _user_model(trainer.model, args.aggregator)
+    settings = {
+        **common_settings(backbone, resolved, train),
+        "pooling": pooling,
+        "aggregator": args.aggregator,
+        **trainer_settings(trainer, user_model, tuning),
+    }
     if not is_sharded(trainer):
         return _finished(trainer.model, backbone, rows, settings, figures, show)
-    whole = whole_module(trainer, backbone, len(rows.users))
+
+    def build(fresh: Backbone) -> Any:
+        module = classifier_of(fresh)
+        start = start_user_model(module, fresh.tokenizer, args, len(rows.users))
+        return reward_module(module, start, args.aggregator, str(args.pooling), args.user_place)
+
+    whole = whole_module(trainer, backbone, load_backbone, build)
     if whole is None:  # nothing to save in this process
         return cast(PersonalizedRewardModel, None)
     return _finished(*whole, rows, settings, figures, show)
 
 
 def _trainer(
-    rows: "_Rows", backbone: Backbone, args: PersonalizedRewardConfig, peft_config: Any, callbacks: Any
+    rows: TrainingRows, backbone: Backbone, args: PersonalizedRewardConfig, peft_config: Any, callbacks: Any
 ) -> PersonalizedRewardTrainer:
-    trainer = PersonalizedRewardTrainer(
+    return PersonalizedRewardTrainer(
         classifier_of(backbone),
         args,
         reward_dataset(rows.pairs[0], rows.users),
@@ -108,69 +106,6 @@ def _trainer(
         places=lambda row: rows.pairs[0].rows[row].place,
         callbacks=callbacks,
     )
-    told = json.dumps([rows.users.ids, *(data_hash(part.rows) for part in rows.pairs)])
-    trainer.data_key = hashlib.sha256(told.encode()).hexdigest()[:16]
-    check_sharding(trainer)
-    return trainer
-
-
-@dataclass
-class _Rows:
-    """Training and validation rows as token ids, their users, and what the length policy met."""
-
-    pairs: list[TokenPairs]
-    over_long: list[dict[str, int]]
-    users: UserIndex
-
-    @classmethod
-    def of(
-        cls, train: Comparisons, validation: Comparisons, backbone: Backbone, layout: TextLayout, args: Any
-    ) -> "_Rows":
-        tokenizer = RowTokenizer(backbone.tokenizer, layout)
-        pairs = [token_pairs(rows, tokenizer) for rows in (train, validation)]
-        over_long = [over_long_by_user(rows, p.over) for rows, p in zip((train, validation), pairs, strict=True)]
-        tell_over_long(over_long, layout)
-        users = users_of(pairs[0].rows, train.source, args.user_model)
-        users.facts = user_facts(pairs[0].rows, over_long[0])
-        if args.user_place == "after_bos":
-            _check_bos(pairs[0], backbone.tokenizer.bos_token_id)
-        return cls(pairs, over_long, users)
-
-    def figures(self) -> dict[str, Any]:
-        names = ("train", "validation")
-        return {
-            "rows": {name: len(part.rows) for name, part in zip(names, self.pairs, strict=True)},
-            "over_long": {name: sum(c.values()) for name, c in zip(names, self.over_long, strict=True)},
-        }
-
-
-def _check_bos(pairs: TokenPairs, bos: int | None) -> None:
-    for row, tokens in zip(pairs.rows, pairs.chosen, strict=True):
-        if bos is None or tokens.prompt_ids[:1] != (bos,):
-            raise DataError(
-                f"{row.place}: does not begin with the BOS token, so --user-place after_bos has no place for the user; "
-                "use prepend"
-            )
-
-
-def _settings(trainer: PersonalizedRewardTrainer, tuning: str) -> dict[str, Any]:
-    args = trainer.args
-    users = _user_model(trainer.model, args.aggregator)
-    return {
-        "aggregator": args.aggregator,
-        "tuning": tuning,
-        "user_model": args.user_model,
-        "user_options": users.options(),
-        "user_tokens": args.user_tokens,
-        "user_place": args.user_place,
-        "user_loss_alpha": args.user_loss_alpha,
-        "user_loss": args.user_loss,
-        "user_learning_rate": trainer.user_learning_rate(),
-        "learning_rate": args.learning_rate,
-        "epochs": args.num_train_epochs,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes,
-        "seed": args.seed,
-    }
 
 
 def _user_model(module: Any, aggregator: str) -> UserModel:
@@ -178,58 +113,17 @@ def _user_model(module: Any, aggregator: str) -> UserModel:
     return inner.base_model.user_model if aggregator == "soft_prompt" else inner.user_model
 
 
-def _costs(trainer: PersonalizedRewardTrainer) -> dict[str, Any]:
-    state = trainer.state
-    kept = state.best_model_checkpoint or ""
-    return {
-        "steps": state.global_step,
-        "best_step": int(kept.rpartition("-")[2]) if kept else state.global_step,
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "peak_memory_gb": _peak_memory(),
-        "log": [dict(entry) for entry in state.log_history],
-    }
-
-
-def _peak_memory() -> float | None:
-    """Most memory that this process held, on the GPU where there is one, in GiB; None where nobody counts it."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return round(peak / 2**30, 2)
-
-
-def _validation_figures(margins: pd.DataFrame, users: UserIndex) -> dict[str, Any]:
-    """Log loss and accuracy on validation rows with the user and with row 0; each user's own go to the users' facts."""
-    sides = {"personal": margins["margin"].to_numpy(), "row0": margins["margin_row0"].to_numpy()}
-    right = {name: correct(m) for name, m in sides.items()}
-    table = pd.DataFrame({"user": margins["user"], **right}).groupby("user")
-    for number, part in table:
-        user: int = number  # type: ignore[assignment]
-        facts = users.facts.setdefault(users.ids[user - 1] if user else "", {})
-        facts["validation"] = {"n": len(part), **{name: round(float(part[name].mean()), 4) for name in right}}
-    return {
-        "validation_log_loss": {name: float(np.logaddexp(0, -m).mean()) for name, m in sides.items()},
-        "validation_accuracy": {name: wilson(float(values.sum()), len(values)) for name, values in right.items()},
-    }
-
-
 @torch.no_grad()
 def _finished(
     module: Any,
     base: Backbone,
-    rows: _Rows,
+    rows: TrainingRows,
     settings: dict[str, Any],
     figures: dict[str, Any],
     show: bool,
 ) -> PersonalizedRewardModel:
     user_model = _user_model(module, settings["aggregator"])
-    for name in ("forward", "_original_forward"):
-        vars(module).pop(name, None)  # accelerate's autocast, under which scores differ from those of a loaded run
-    module.eval().requires_grad_(False)
+    plain_forward(module)
     inner = unwrapped(module)
     backbone = tuned_backbone(base, module, settings["tuning"])
     settings["fingerprint"] = backbone.fingerprint
@@ -240,12 +134,12 @@ def _finished(
         reader = feature_reader(backbone, TextLayout(**settings["layout"]))
         head, settings["mixture_strength"] = _linear_head(user_model, rows, reader, settings, show)
     return PersonalizedRewardModel(
-        rows.users, user_model, head, settings, figures, show=show, _backbone=backbone, _module=module
+        rows.users, user_model, settings, figures, head=head, show=show, _backbone=backbone, _module=module
     )
 
 
 def _linear_head(
-    users: UserModel, rows: _Rows, reader: Any, settings: dict[str, Any], show: bool
+    users: UserModel, rows: TrainingRows, reader: Any, settings: dict[str, Any], show: bool
 ) -> tuple[LinearHead, float]:
     """What new users need: the scale of the trained states, and a prior chosen on validation rows."""
     parts = [_few(rows.pairs[0].rows), rows.pairs[1].rows]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..core.comparisons import Comparison
+from ..core.mixture import fit_mixture
 from ..core.scoring import ScoreRequest
+from ..core.texts import Text, texts_of, texts_of_requests
 from ..core.users import ClusterUsers, UserIndex, UserModel
-from .features import Text, texts_of, texts_of_requests
-from .new_user import OffsetPrior, fit_mixture, fit_offsets
+from .new_user import OffsetPrior, fit_offsets
 
 if TYPE_CHECKING:
     from .reward_model import PersonalizedRewardModel

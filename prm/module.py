@@ -16,9 +16,10 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from ..core.backbone import keep_apart, personalize
 from ..core.pretrained import Backbone
 from ..core.subclass import subclass
+from ..core.token_rows import row_inputs
 from ..core.tokenize import TokenRow
 from ..core.users import UserModel
-from .pooling import POOLINGS, last_state, mean_state, row_inputs
+from .pooling import POOLINGS, last_state, mean_state
 
 AGGREGATORS = ("linear_head", "soft_prompt")
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import expit, softmax
+from scipy.special import expit
 
 MAX_RANK = 64
 STEPS = 50
@@ -126,27 +125,6 @@ def _damped(
 def _objective(weights: np.ndarray, margins: np.ndarray, base: np.ndarray, real: np.ndarray) -> np.ndarray:
     losses = (np.logaddexp(0, -margins) * real).sum(-1)
     return losses + 0.5 * (weights * (margins - base)).sum(-1)
-
-
-def fit_mixture(per_centre: np.ndarray, prior_logits: np.ndarray, strength: float) -> np.ndarray:
-    """Cluster logits of a new user.
-
-    Minimises sum softplus(-<w, p_i>) + strength * KL(w_0 || w), which is convex in the weights w, over their logits.
-
-    Args:
-        per_centre: (k, C) margins of each comparison under each centre.
-        prior_logits: (C,) row 0's.
-    """
-    prior = softmax(prior_logits)
-
-    def loss(logits: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = softmax(logits)
-        margins = per_centre @ weights
-        value = np.logaddexp(0, -margins).sum() - strength * prior @ np.log(np.maximum(weights, 1e-300))
-        slope = per_centre.T @ -expit(-margins)
-        return value, weights * (slope - weights @ slope) + strength * (weights - prior)
-
-    return minimize(loss, prior_logits.astype(np.float64), jac=True, method="L-BFGS-B").x
 
 
 @dataclass(frozen=True)

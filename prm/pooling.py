@@ -1,26 +1,9 @@
-"""Token rows as a backbone's inputs, and its states as one vector per response: of frozen and of trained backbones."""
-
-from collections.abc import Sequence
-from typing import Any
+"""States of a response as one vector: of frozen and of trained backbones."""
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
-from ..core.tokenize import TokenRow
 
 POOLINGS = ("last", "mean")
-
-
-def row_inputs(rows: Sequence[TokenRow], device: Any) -> dict[str, Tensor]:
-    """Right-padded inputs (R, T) of token rows, with the mask of their responses."""
-    ids = [torch.tensor(row.prompt_ids + row.response_ids) for row in rows]
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    starts = torch.tensor([len(row.prompt_ids) for row in rows])[:, None]
-    padded = pad_sequence(ids, batch_first=True)  # (R, T)
-    places = torch.arange(padded.shape[1])
-    masks = {"attention_mask": places < lengths, "completion_mask": (places >= starts) & (places < lengths)}
-    return {"input_ids": padded.to(device), **{name: mask.long().to(device) for name, mask in masks.items()}}
 
 
 def last_state(states: Tensor, mask: Tensor) -> Tensor:

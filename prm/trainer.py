@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
-import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -15,11 +14,12 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
 
-from ..core.backbone import is_personal
 from ..core.checkpoints import CompleteCheckpoints
 from ..core.pairs import TokenPairs, margins_of
-from ..core.trainer import AlphaMix, PersonalizedFields, StopAtBadGradient, and_unknown
+from ..core.trainer import AlphaMix, and_unknown, beside_users, personal_parameters
+from ..core.trainer_config import PersonalizedFields
 from ..core.users import UserIndex, UserModel, make_user_model, neutral_prompt
+from ..core.validation import KeepsMargins
 from .module import PersonalizedRewards, reward_module
 
 USER_LEARNING_RATE = {"soft_prompt": 1e-2, "linear_head": 1e-3}
@@ -45,6 +45,7 @@ class PersonalizedRewardConfig(PersonalizedFields, RewardConfig):
             "prompts and of stock reward models), or whichever is best on validation rows (frozen backbone only)."
         },
     )
+    max_length: int = field(default=2048, metadata={"help": "Longest row in tokens."})
     group_by_prompt: bool = field(
         default=False,
         metadata={
@@ -52,24 +53,6 @@ class PersonalizedRewardConfig(PersonalizedFields, RewardConfig):
             "responses that many users judged are then run once a batch."
         },
     )
-    max_length: int = field(default=2048, metadata={"help": "Longest row in tokens."})
-    seed: int = field(default=0, metadata={"help": "Of the order of rows, of cluster starts, of a validation split."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When validation rows are scored."})
-    eval_steps: float | None = field(default=0.1, metadata={"help": "Below 1: share of the whole training."})
-    save_strategy: str = field(default="steps", metadata={"help": "When a checkpoint is written."})
-    save_steps: float = field(default=0.1, metadata={"help": "Below 1: share of the whole training."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept, the best included."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep what did best on validation rows."})
-    # Every parameter is read in every pass, so DDP need not look for ones that are not.
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Let DDP look for idle weights."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036  (as transformers has it)
-        default="none", metadata={"help": "Trackers (wandb, tensorboard, trackio, ...)."}
-    )
-
-    def __post_init__(self) -> None:
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        super().__post_init__()
 
 
 @dataclass
@@ -146,7 +129,7 @@ def start_user_model(model: Any, tokenizer: Any, args: PersonalizedRewardConfig,
     return make_user_model(args.user_model, users, start, **args.user_options(args.seed))
 
 
-class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
+class PersonalizedRewardTrainer(KeepsMargins, AlphaMix, CompleteCheckpoints, RewardTrainer):
     """Trains the user model, the head and, by LoRA or in full, the backbone on personalized comparisons.
 
     Args:
@@ -184,16 +167,13 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
         places: Callable[[int], str] = str,
         **kwargs: Any,
     ):
-        for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            missing = {"chosen_ids", "rejected_ids", *self.user_columns} - set(given.column_names if given else ())
-            if given is not None and missing:
-                raise ValueError(f"{name}: no column {', '.join(sorted(missing))}; make it with `reward_dataset`")
+        self.check_columns("reward_dataset", train_dataset=train_dataset, eval_dataset=eval_dataset)
         if not isinstance(model, PersonalizedRewards):
             user_model = start_user_model(model, processing_class, args, users)
             reward_module(model, user_model, args.aggregator, args.pooling or "last", args.user_place)
-        personal = [p for name, p in model.named_parameters() if is_personal(name) and p.requires_grad]
+        personal = personal_parameters(model)
         self.places = places
-        self._margins: dict[int, tuple[int, float, float]] = {}
+        self._margins = {}
         kwargs.setdefault("data_collator", None)
         super().__init__(
             model,
@@ -201,16 +181,14 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            peft_config=_beside_users(peft_config),
+            peft_config=beside_users(peft_config),
             **kwargs,
         )
-        for parameter in personal:  # peft has frozen whatever is not its own
-            parameter.requires_grad_(parameter.numel() > 0)
+        self.begin(personal)
         if not kwargs["data_collator"]:
             self.data_collator = PersonalizedCollator(
                 self.processing_class.pad_token_id, cast(Any, args.pad_to_multiple_of)
             )
-        self.add_callback(StopAtBadGradient(self))
         self.add_callback(_TellsSampler(self))
 
     def double(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -218,10 +196,6 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
         if self.args.aggregator == "soft_prompt":
             return super().double(given)
         return {**given, "user_ids": and_unknown(given["user_ids"])}
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        """Nothing: rows are tokenized, and the length policy has met them; TRL would drop some in silence."""
-        return dataset
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.args.group_by_prompt:
@@ -235,34 +209,8 @@ class PersonalizedRewardTrainer(AlphaMix, CompleteCheckpoints, RewardTrainer):
         chosen = self.args.user_learning_rate
         return USER_LEARNING_RATE[self.args.aggregator] if chosen is None else chosen
 
-    def record(self, rows: Tensor, inputs: dict[str, Any], halves: list[Any]) -> None:
-        """Keeps the margin of every validation row, with its user and with row 0."""
-        margins = [torch.sub(*out.logits.squeeze(-1).chunk(2)) for out in halves]  # two of (B,)
-        numbers = torch.stack([rows, inputs["user_ids"][: len(rows)]], dim=1)  # (B, 2)
-        numbers, values = self.accelerator.gather((numbers, torch.stack(margins, dim=1)))  # of all processes
-        for (row, user), (own, row0) in zip(numbers.tolist(), values.tolist(), strict=True):
-            self._margins[row] = (user, own, row0)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._margins = {}
-        out = super().evaluation_loop(*args, **kwargs)
-        if out.metrics is not None and self._margins:
-            table = self.margins()
-            right = correct(table["margin"])
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            out.metrics[f"{prefix}_accuracy_average"] = float(right.groupby(table["user"]).mean().mean())
-        return out
-
-    def margins(self) -> pd.DataFrame:
-        """Of the last evaluation: row, user (its number), margin and margin under row 0, in order of rows."""
-        found = [(row, *self._margins[row]) for row in sorted(self._margins)]
-        return pd.DataFrame(found, columns=["row", "user", "margin", "margin_row0"])
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("push the finished run with PersonalizedRewardModel.push_to_hub, which leaves users' data out")
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the card of the finished run says what TRL's can't."""
+    def margins_of(self, out: Any, inputs: dict[str, Any]) -> Tensor:
+        return torch.sub(*out.logits.squeeze(-1).chunk(2))
 
 
 class _TellsSampler(TrainerCallback):
@@ -274,23 +222,3 @@ class _TellsSampler(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(int(state.epoch or 0))
-
-
-def correct(margins: Any) -> Any:
-    """1 where the chosen response scores higher, .5 for a tie."""
-    return 0.5 + 0.5 * np.sign(margins)
-
-
-def _beside_users(peft_config: Any) -> Any:
-    """A peft configuration that leaves the head and the user model alone, which are trained as they are.
-
-    Without a task type, because that of sequence classifiers makes a second copy of `score`.
-    """
-    if peft_config is None:
-        return None
-    changed = type(peft_config).from_peft_type(**{**peft_config.to_dict(), "task_type": None})
-    own = {"score", "user_model"}
-    changed.modules_to_save = [m for m in changed.modules_to_save or () if m not in own] or None
-    if isinstance(changed.target_modules, str) and hasattr(changed, "exclude_modules") and not changed.exclude_modules:
-        changed.exclude_modules = sorted(own)
-    return changed

@@ -14,9 +14,12 @@ from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from prlhf.core.pretrained import Backbone
+from prlhf.core.row_cache import RowCache
+from prlhf.core.token_rows import batches, row_key
 from prlhf.core.tokenize import RowTokenizer, TokenRow
 from prlhf.prm import features
-from prlhf.prm.features import FeatureStore, extract, hidden_states, row_key
+from prlhf.prm.features import extract, hidden_states
+from prlhf.prm.pooling import POOLINGS
 
 
 def token_rows(count: int, longest: int = 60) -> list[TokenRow]:
@@ -45,7 +48,7 @@ def test_independent_of_batch_size_and_order(tiny_backbone: Backbone, tokens: in
     rows = token_rows(20)
     expected = hidden_states(tiny_backbone, rows)
     found = torch.empty_like(expected)
-    for batch in features.batches(rows, tokens):
+    for batch in batches(rows, tokens):
         assert len(batch) == 1 or max(len(rows[i]) for i in batch) * len(batch) <= tokens
         found[batch] = hidden_states(tiny_backbone, [rows[i] for i in batch])
     assert torch.allclose(found, expected, atol=1e-4)
@@ -54,13 +57,13 @@ def test_independent_of_batch_size_and_order(tiny_backbone: Backbone, tokens: in
 def test_each_response_is_computed_once(
     tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = FeatureStore(tmp_path, tiny_backbone.hidden_size)
+    store = RowCache(tmp_path, tiny_backbone.hidden_size, POOLINGS)
     calls: list[int] = []
     monkeypatch.setattr(features, "hidden_states", lambda b, rows: calls.append(len(rows)) or hidden_states(b, rows))
     rows = token_rows(6)
     first = extract(tiny_backbone, rows + rows[:3], store, show=False)
     assert sum(calls) == 6
-    again = extract(tiny_backbone, rows, FeatureStore(tmp_path, tiny_backbone.hidden_size), show=False)
+    again = extract(tiny_backbone, rows, RowCache(tmp_path, tiny_backbone.hidden_size, POOLINGS), show=False)
     assert sum(calls) == 6
     assert (first[:6] == again).all()
     assert (first[6:] == first[:3]).all()
@@ -77,7 +80,7 @@ def test_store_cut_at_every_byte_keeps_whole_rows(tmp_path: Path) -> None:
     keys = [bytes([i]) * 16 for i in range(4)]
     rows = np.arange(16, dtype=np.float32).reshape(4, 2, width)
     whole = tmp_path / "whole"
-    FeatureStore(whole, width).append(keys[:3], rows[:3])
+    RowCache(whole, width, POOLINGS).append(keys[:3], rows[:3])
     for name in ("keys.bin", "rows.f32"):
         data = (whole / name).read_bytes()
         for cut in range(len(data)):
@@ -86,16 +89,18 @@ def test_store_cut_at_every_byte_keeps_whole_rows(tmp_path: Path) -> None:
             for other in ("keys.bin", "rows.f32"):
                 content = (whole / other).read_bytes()
                 (folder / other).write_bytes(content[:cut] if other == name else content)
-            store = FeatureStore(folder, width)
+            store = RowCache(folder, width, POOLINGS)
             kept = [key for key in keys[:3] if key in store]
             assert kept == keys[: len(kept)]
             store.append(keys, rows)
             assert np.array_equal(store.gather(store.positions(keys), "mean").numpy(), rows[:, 1])
-            assert np.array_equal(FeatureStore(folder, width).gather(store.positions(keys), "last").numpy(), rows[:, 0])
+            assert np.array_equal(
+                RowCache(folder, width, POOLINGS).gather(store.positions(keys), "last").numpy(), rows[:, 0]
+            )
 
 
 def test_two_writers_lose_nothing(tmp_path: Path) -> None:
-    first, second = FeatureStore(tmp_path, 1), FeatureStore(tmp_path, 1)
+    first, second = RowCache(tmp_path, 1, POOLINGS), RowCache(tmp_path, 1, POOLINGS)
     first.append([b"a" * 16], np.full((1, 2, 1), 1.0))
     second.append([b"b" * 16, b"a" * 16], np.array([[[2.0], [2.0]], [[9.0], [9.0]]]))
     first.append([b"c" * 16], np.full((1, 2, 1), 3.0))
@@ -109,15 +114,16 @@ def test_killed_extraction_resumes(tiny_model: Path, tmp_path: Path) -> None:
 import time
 from pathlib import Path
 import torch
-from test_features import token_rows
+from test_features import token_rows as some_rows
 from prlhf.core.pretrained import find_model, load_backbone
+from prlhf.core import token_rows
+from prlhf.core.row_cache import RowCache
 from prlhf.prm import features
 backbone = load_backbone(find_model({str(tiny_model)!r}), "float32", "cpu")
-features.TOKENS_PER_BATCH = 64
-real, batches = features.hidden_states, features.batches
-features.batches = lambda rows: batches(rows, 64)
+token_rows.TOKENS_PER_BATCH = 64
+real = features.hidden_states
 features.hidden_states = lambda *a: time.sleep(0.05) or real(*a)
-features.extract(backbone, token_rows(60), features.FeatureStore(Path({str(tmp_path)!r}), 32), show=False)
+features.extract(backbone, some_rows(60), RowCache(Path({str(tmp_path)!r}), 32, features.POOLINGS), show=False)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     child = subprocess.Popen([sys.executable, "-c", code], env=environment)
@@ -127,11 +133,11 @@ features.extract(backbone, token_rows(60), features.FeatureStore(Path({str(tmp_p
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    kept = len(FeatureStore(tmp_path, 32)._index)
+    kept = len(RowCache(tmp_path, 32, POOLINGS)._index)
     assert 10 <= kept < 60
     done = subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert done.returncode == 0
-    store = FeatureStore(tmp_path, 32)
+    store = RowCache(tmp_path, 32, POOLINGS)
     assert len(store._index) == 60 == keys.stat().st_size // 16  # nothing twice
 
 

@@ -7,11 +7,12 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import logsigmoid
 
+from prlhf.core.mixture import fit_mixture
 from prlhf.core.users import make_user_model
 from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.head_steps import make_steps
 from prlhf.prm.heads import Examples, fit_heads, log_loss, train
-from prlhf.prm.new_user import OffsetPrior, PriorTrial, choose_prior, fit_mixture, fit_offsets
+from prlhf.prm.new_user import OffsetPrior, PriorTrial, choose_prior, fit_offsets
 
 D = 6
 

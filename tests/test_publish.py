@@ -15,12 +15,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from prlhf.core.artefact import ArtefactError
 from prlhf.core.comparisons import User
 from prlhf.core.pretrained import find_model, load_backbone
+from prlhf.core.publish import push_to_hub, without_users
 from prlhf.core.scoring import ScoreRequest
 from prlhf.core.tokenize import RowTokenizer, TextLayout
 from prlhf.prm.fit import fit_reward_model
 from prlhf.prm.head_config import HeadConfig
 from prlhf.prm.joint import train_reward_model
-from prlhf.prm.publish import export, push_to_hub, without_users
+from prlhf.prm.publish import export
 from prlhf.prm.reward_model import PersonalizedRewardModel
 from prlhf.prm.trainer import PersonalizedRewardConfig
 

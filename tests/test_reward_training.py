@@ -19,6 +19,7 @@ from torch import Tensor
 from training import lora, small_config
 from transformers import LlamaForCausalLM
 
+from prlhf.core import token_rows
 from prlhf.core.artefact import MANIFEST, ArtefactError
 from prlhf.core.comparisons import Comparison, Comparisons, User
 from prlhf.core.pretrained import find_model, load_backbone
@@ -375,7 +376,7 @@ def test_scores_do_not_depend_on_their_company(
 
     def found(name: str, requests: list[ScoreRequest], tokens: int) -> list[Tensor]:
         monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / name))
-        monkeypatch.setattr(features.batches, "__defaults__", (tokens,))
+        monkeypatch.setattr(token_rows, "TOKENS_PER_BATCH", tokens)
         return PersonalizedRewardModel.from_pretrained(run).score(requests)
 
     wanted = found("alone", REQUESTS, 1)
@@ -416,7 +417,7 @@ def test_scores_are_cached_and_a_stopped_run_goes_on(
     # With soft prompts row 0 answers for both strangers; with linear heads texts are run once for all users.
     texts = {(r.prompt, text) for r in REQUESTS for text in r.responses}
     total = len(texts) * (4 if aggregator == "soft_prompt" else 1)
-    monkeypatch.setattr(features.batches, "__defaults__", (200,))
+    monkeypatch.setattr(token_rows, "TOKENS_PER_BATCH", 200)
     with monkeypatch.context() as patch:
         stopped = counted(aggregator, patch, stop_after=2)
         with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from . import bestofn, data, eval, prm, users
+from . import bestofn, data, eval, policy, prm, users
 from .demo import demo
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command()(demo)
 app.add_typer(data.app, name="data")
 app.add_typer(prm.app, name="prm")
+app.add_typer(policy.app, name="policy")
 app.add_typer(bestofn.app, name="bestofn")
 app.add_typer(eval.app, name="eval")
 app.add_typer(users.app, name="users")

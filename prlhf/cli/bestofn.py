@@ -5,22 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Json, ModelPlace
+from .options import Json, ModelPlace, Users, asked_users
 from .output import check_not_read, plain, print_json, table, tell
 
 if TYPE_CHECKING:
     from prlhf.core.candidates import Candidates
     from prlhf.core.comparisons import User
+    from prlhf.core.personal import PersonalizedModel
     from prlhf.core.scoring import Ranking
-    from prlhf.prm.reward_model import PersonalizedRewardModel
 
 app = typer.Typer(help="Best-of-n per user.", no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(help="Folder of a reward-model run.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a reward model, or of a policy: its implicit reward ranks.")]
 CandidateFile = Annotated[Path, typer.Option("--candidates", help='JSONL: {"prompt": ..., "responses": [...]}.')]
-Users = Annotated[
-    list[str],
-    typer.Option(help="Ids, comma-separated or repeated; `all`; or a .jsonl file with user_id and user_text."),
-]
 
 
 @app.command()
@@ -82,14 +78,14 @@ def rerank(
 
 def _open(
     run: Path, candidates: Path, users: list[str], base: str | None
-) -> "tuple[PersonalizedRewardModel, list[Candidates], list[User]]":
+) -> "tuple[PersonalizedModel, list[Candidates], list[User]]":
     from prlhf.core.candidates import read_candidates
     from prlhf.core.scoring import ScoreRequest
-    from prlhf.prm.reward_model import PersonalizedRewardModel
+    from prlhf.runs import load_run
 
     prompts = read_candidates(candidates)
-    model = PersonalizedRewardModel.from_pretrained(run, show=True, model=base)
-    asked = _users(users, model.users.ids)
+    model = load_run(run, show=True, model=base)
+    asked = asked_users(users, model.users.ids)
     unknown = [user.id or "(none)" for user in asked if not model.knows(user)]
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -107,27 +103,7 @@ def _open(
     return model, prompts, asked
 
 
-def _users(given: list[str], known: list[str]) -> "list[User]":
-    from prlhf.core.comparisons import DataError, Problem, User, to_user
-    from prlhf.core.sources import read_rows
-
-    if given == ["all"]:
-        if not known:
-            raise ValueError("--users all: this run knows no user")
-        return [User(user) for user in known]
-    if len(given) == 1 and given[0].endswith(".jsonl"):
-        found = [row if isinstance(row, Problem) else to_user(row, place) for place, row in read_rows(given[0])]
-        for user in found:
-            if isinstance(user, Problem):
-                raise DataError(str(user))
-        return [user for user in found if isinstance(user, User)]
-    asked = [User(user.strip()) for part in given for user in part.split(",") if user.strip()]
-    if not asked:
-        raise ValueError(f"--users {' '.join(given)!r}: names nobody; give ids, all, or a .jsonl file")
-    return asked
-
-
-def _rank(model: "PersonalizedRewardModel", prompts: "list[Candidates]", users: "list[User]") -> "list[Ranking]":
+def _rank(model: "PersonalizedModel", prompts: "list[Candidates]", users: "list[User]") -> "list[Ranking]":
     from prlhf.bestofn.rerank import rerank as rank
 
     return list(rank(model.score, prompts, users, model.knows))

@@ -11,8 +11,8 @@ from .output import check_not_read, check_table_path, percent, print_json, table
 
 if TYPE_CHECKING:
     from prlhf.core.comparisons import Comparisons
+    from prlhf.core.personal import PersonalizedModel
     from prlhf.eval.preference import Evaluation
-    from prlhf.prm.reward_model import PersonalizedRewardModel
 
 app = typer.Typer(help="Evaluate runs.", no_args_is_help=True)
 
@@ -28,6 +28,10 @@ def preference(
     data: Annotated[str, typer.Option(help="Comparisons that chose nothing in training.")],
     against: Annotated[Path | None, typer.Option(help="Another run: paired difference on the same rows.")] = None,
     group: Annotated[str | None, typer.Option(help="Column by which Accuracy-average is given too.")] = None,
+    shuffles: Annotated[
+        int,
+        typer.Option(min=0, help="Shuffled-user controls; each scores all rows once more where users change states."),
+    ] = 5,
     out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
     per_user: Annotated[
         Path | None, typer.Option(help="Write the per-user table to this .parquet or .jsonl file.")
@@ -43,10 +47,10 @@ def preference(
     _check_outputs(data, out, per_user, report)
     begun = time.perf_counter()
     rows = load(data, columns, max_bad_rows, missing_user, identical="keep")
-    evaluated, result = _evaluate(run, rows, group, model)
+    evaluated, result = _evaluate(run, rows, group, model, shuffles)
     figures = {"run": str(run), "data": data, "left_out": rows.dropped_counts, **result.figures}
     if against:
-        figures["against"] = _compare(result, _evaluate(against, rows, group, model)[1], against)
+        figures["against"] = _compare(result, _evaluate(against, rows, group, model, shuffles)[1], against)
     if out:
         write_json(figures, out)
     if per_user:
@@ -83,17 +87,17 @@ def _compare(result: "Evaluation", other: "Evaluation", run: Path) -> dict[str, 
 
 
 def _evaluate(
-    run: Path, rows: "Comparisons", group: str | None, place: str | None
-) -> "tuple[PersonalizedRewardModel, Evaluation]":
+    run: Path, rows: "Comparisons", group: str | None, place: str | None, shuffles: int
+) -> "tuple[PersonalizedModel, Evaluation]":
     from prlhf.core.splits import data_hash
+    from prlhf.core.texts import over_long_notice
     from prlhf.evaluation import evaluate_model
-    from prlhf.prm.features import over_long_notice
-    from prlhf.prm.reward_model import PersonalizedRewardModel
+    from prlhf.runs import load_run
 
-    model = PersonalizedRewardModel.from_pretrained(run, show=True, model=place)
+    model = load_run(run, show=True, model=place)
     if data_hash(list(rows)) == model.settings["data"]["hash"]:
         tell(f"warning: {rows.source} holds the rows that {run} was trained on; its figures flatter the run")
-    result = evaluate_model(model, list(rows), model.settings["user_model"], group)
+    result = evaluate_model(model, list(rows), model.settings["user_model"], group, shuffles=shuffles)
     result.figures["truncated"] = model.over_long_by_user(list(rows))
     if result.figures["truncated"]:
         tell(over_long_notice(rows.source, result.figures["truncated"], model.layout))

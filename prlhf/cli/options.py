@@ -8,7 +8,7 @@ import typer
 from .output import tell
 
 if TYPE_CHECKING:
-    from prlhf.core.comparisons import Comparisons
+    from prlhf.core.comparisons import Comparisons, User
 
 Columns = Annotated[
     list[str] | None,
@@ -26,6 +26,10 @@ ModelPlace = Annotated[
     str | None, typer.Option("--model", help="Where the backbone is now, if not where training found it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Users = Annotated[
+    list[str],
+    typer.Option(help="Ids, comma-separated or repeated; `all`; or a .jsonl file with user_id and user_text."),
+]
 
 
 def column_map(columns: list[str] | None) -> dict[str, str]:
@@ -56,3 +60,28 @@ def load(
     rows = load_comparisons(source, column_map(columns), RowPolicy(max_bad_rows, identical, missing_user))
     say(rows.notice())
     return rows
+
+
+def asked_users(given: list[str], known: list[str]) -> "list[User]":
+    """The users that `--users` names.
+
+    Args:
+        known: ids that the run knows.
+    """
+    from prlhf.core.comparisons import DataError, Problem, User, to_user
+    from prlhf.core.sources import read_rows
+
+    if given == ["all"]:
+        if not known:
+            raise ValueError("--users all: this run knows no user")
+        return [User(user) for user in known]
+    if len(given) == 1 and given[0].endswith(".jsonl"):
+        found = [row if isinstance(row, Problem) else to_user(row, place) for place, row in read_rows(given[0])]
+        for user in found:
+            if isinstance(user, Problem):
+                raise DataError(str(user))
+        return [user for user in found if isinstance(user, User)]
+    asked = [User(user.strip()) for part in given for user in part.split(",") if user.strip()]
+    if not asked:
+        raise ValueError(f"--users {' '.join(given)!r}: names nobody; give ids, all, or a .jsonl file")
+    return asked

@@ -26,8 +26,8 @@ def add(
 ) -> None:
     """Give a new user a vector of their own: a convex fit on their comparisons, everything else frozen."""
     from prlhf.core.artefact import writing
-    from prlhf.prm.features import over_long_notice
-    from prlhf.prm.reward_model import PersonalizedRewardModel
+    from prlhf.core.texts import over_long_notice
+    from prlhf.runs import load_run
 
     rows = load(data, columns, max_bad_rows, missing_user="generic")
     theirs = [row for row in rows if row.user.id in (None, user_id)]
@@ -36,7 +36,7 @@ def add(
     if not theirs:
         raise ValueError(f"--data {data}: no row of user {user_id!r}")
     with writing(run) if run.is_dir() else nullcontext():  # so that two users added at once are both kept
-        model = PersonalizedRewardModel.from_pretrained(run, show=True, model=base)
+        model = load_run(run, show=True, model=base)
         trained = model.users.facts.get(user_id, {}).get("origin") == "trained"
         added = model.add_user(user_id, theirs, replace)
         model.save_pretrained(run)
@@ -84,9 +84,9 @@ def _gain(added: Any, rows: list[Any]) -> dict[str, Any]:
 @app.command("list")
 def list_users(run: RunOption, json: Json = False) -> None:
     """The users of a run, how many comparisons each gave, and how far each is from row 0."""
-    from prlhf.prm.reward_model import PersonalizedRewardModel
+    from prlhf.runs import load_run
 
-    model = PersonalizedRewardModel.from_pretrained(run)
+    model = load_run(run)
     spread = model.user_model.spread().tolist()
     facts = [model.users.facts.get(user, {}) for user in model.users.ids]
     users = [
@@ -128,9 +128,9 @@ def export(
     check_table_path("--out", out)
     import pandas as pd
 
-    from prlhf.prm.reward_model import PersonalizedRewardModel
+    from prlhf.runs import load_run
 
-    model = PersonalizedRewardModel.from_pretrained(run)
+    model = load_run(run)
     vectors = model.user_model.vectors().numpy()
     frame = pd.DataFrame({"user_id": [None, *model.users.ids], "vector": list(vectors)})
     write_table(frame, out)

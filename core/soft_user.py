@@ -4,10 +4,10 @@ How many passes over their comparisons are right is chosen by cross-validation o
 the candidates, which leaves the user at row 0.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from ..core.backbone import unwrapped
-from ..core.comparisons import Comparison
-from ..core.tokenize import TokenRow
-from ..core.users import ClusterUsers, UniformUsers, UserModel
-from .features import texts_of
-from .new_user import fit_mixture
-from .pooling import row_inputs
-
-if TYPE_CHECKING:
-    from .reward_model import PersonalizedRewardModel
+from .mixture import fit_mixture
+from .users import ClusterUsers, UniformUsers, UserModel
 
 EPOCHS = 4
 BATCH = 8  # comparisons
@@ -52,28 +44,24 @@ class OneUser(UserModel):
         return flat.reshape(self.shape).expand(len(user_ids), *self.shape)
 
 
+Margins = Callable[[Sequence[int]], Tensor]
+"""Numbers of comparisons -> score(chosen) - score(rejected) of each under row 0 of what the module reads now."""
+
+
 @dataclass
 class _Fits:
-    """A new user's comparisons, and fits on some of them.
-
-    Attributes:
-        sides: token rows of all chosen responses, then of all rejected ones.
-    """
+    """Fits on some of a new user's comparisons."""
 
     module: Any
     users: UserModel
-    sides: list[TokenRow]
+    margins_now: Margins
     learning_rate: float
     bar: Any
 
     def margins(self, users: UserModel, which: np.ndarray) -> Tensor:
         """Margins (len(which),) of comparisons under row 0 of a user model."""
-        half = len(self.sides) // 2
-        rows = [self.sides[i] for i in (*which, *(which + half))]
-        nobody = torch.zeros(len(rows), dtype=torch.int64, device=users.device)
         with attached(self.module, users):
-            chosen, rejected = self.module(**row_inputs(rows, users.device), user_ids=nobody).logits[:, 0].chunk(2)
-        return chosen - rejected
+            return self.margins_now(which.tolist())
 
     @torch.no_grad()
     def judged(self, users: UserModel, which: np.ndarray) -> np.ndarray:
@@ -107,25 +95,26 @@ class _Fits:
 
 
 def fit_soft_user(
-    model: "PersonalizedRewardModel", rows: Sequence[Comparison], parts: np.ndarray
+    module: Any, users: UserModel, margins: Margins, parts: np.ndarray, learning_rate: float, show: bool = False
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Fits a new user's own part; over-long rows are truncated, as in scoring.
+    """Fits a new user's own part.
 
     Args:
+        module: a transformers model over a personalized backbone.
+        margins: of comparisons by their numbers, below k.
         parts: (k,) fold of each comparison.
 
     Returns:
         offset (K*D,) or cluster logits (C,); margins (k,) of each comparison when it was held out, and under row 0.
     """
-    everything, folds = np.arange(len(rows)), int(parts.max()) + 1
-    sides, users = model.reader.tokenize(texts_of(rows)), model.user_model
-    with tqdm(total=EPOCHS * (folds + 1), desc="new user", unit="pass", disable=not model.show) as bar:
-        fits = _Fits(unwrapped(model.module), users, sides, model.settings["user_learning_rate"], bar)
+    everything, folds = np.arange(len(parts)), int(parts.max()) + 1
+    with tqdm(total=EPOCHS * (folds + 1), desc="new user", unit="pass", disable=not show) as bar:
+        fits = _Fits(module, users, margins, learning_rate, bar)
         row0 = fits.judged(OneUser(users).to(users.device), everything)
         if folds == 1:  # comparisons of one prompt can't tell how far to go, so such a user stays at row 0
             return OneUser(users).own.detach().cpu(), row0, row0
         per_centre = _per_centre(fits, users, everything)
-        held = np.zeros((EPOCHS + 2, len(rows)))
+        held = np.zeros((EPOCHS + 2, len(parts)))
         held[0] = row0  # a candidate too
         for fold in range(folds):
             out = parts == fold

@@ -9,37 +9,42 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.backbone import is_user, unwrapped
+from ..core.backbone import is_personal, unwrapped
 from ..core.pretrained import Backbone, ModelSource
 
 TUNINGS = ("frozen", "lora", "full")
 
 
-def tuned_backbone(base: Backbone, module: Any, tuning: str) -> Backbone:
-    """The backbone inside a trained module, with a fingerprint of its own, so that cached states are never mixed up.
+def tuned_fingerprint(base: Backbone, module: Any, tuning: str) -> str:
+    """Fingerprint of a trained module without its users, 16 hex digits; what it started from, where that is frozen.
 
     Args:
-        module: the classifier, in peft's wrapper for `lora`.
+        module: in peft's wrapper for `lora`.
     """
-    inner = unwrapped(module).base_model
     if tuning == "frozen":
-        return base
+        return base.fingerprint
     if tuning == "full":
         digest = hashlib.sha256(b"full")
-        _add(digest, {name: t for name, t in inner.state_dict().items() if not is_user(name)})
+        _add(digest, {name: t for name, t in unwrapped(module).state_dict().items() if not is_personal(name)})
     else:
         from peft import get_peft_model_state_dict
 
         digest = hashlib.sha256(base.fingerprint.encode())
         _add(digest, get_peft_model_state_dict(module))
-    return replace(base, model=inner, fingerprint=digest.hexdigest()[:16], memo={})
+    return digest.hexdigest()[:16]
+
+
+def tuned_backbone(base: Backbone, module: Any, tuning: str) -> Backbone:
+    """The backbone inside a trained module."""
+    if tuning == "frozen":
+        return base
+    return base.trained(unwrapped(module).base_model, tuned_fingerprint(base, module, tuning))
 
 
 def _add(digest: Any, state: dict[str, Tensor]) -> None:

@@ -4,20 +4,19 @@ While training runs, parameters are shards (DTensors) that no artefact can be ma
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..core.backbone import unwrapped
-from ..core.pretrained import Backbone, load_backbone
-from .module import classifier_of, reward_module
-from .trainer import PersonalizedRewardTrainer, start_user_model
+from .backbone import unwrapped
+from .pretrained import Backbone
 
 
-def is_sharded(trainer: PersonalizedRewardTrainer) -> bool:
+def is_sharded(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled)
 
 
-def check_sharding(trainer: PersonalizedRewardTrainer) -> None:
+def check_sharding(trainer: Any) -> None:
     """Refuses settings of FSDP under which training would not be what was asked for.
 
     Raises:
@@ -45,23 +44,23 @@ def check_sharding(trainer: PersonalizedRewardTrainer) -> None:
         raise ValueError("fsdp_cpu_ram_efficient_loading: must be false; see recipes/fsdp2.yaml")
 
 
-def whole_module(trainer: PersonalizedRewardTrainer, base: Backbone, users: int) -> tuple[Any, Backbone] | None:
+def whole_module(
+    trainer: Any, base: Backbone, load: Callable[..., Backbone], build: Callable[[Backbone], Any]
+) -> tuple[Any, Backbone] | None:
     """The trained module built anew around a fresh base model, and that base; None where the process is not the first.
 
     All processes must call it, because gathering needs each one's shards.
 
     Args:
         base: what training started from; its own modules are shards by now.
-        users: U, the unknown user included.
+        load: what loaded it.
+        build: the personalized module that training starts from, of the fresh base.
     """
     state = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return None
-    fresh = load_backbone(base.source, str(base.dtype).removeprefix("torch."))
-    fresh = replace(fresh, tokenizer=base.tokenizer)
-    args, module = trainer.args, classifier_of(fresh)
-    start = start_user_model(module, fresh.tokenizer, args, users)
-    reward_module(module, start, args.aggregator, str(args.pooling), args.user_place)
+    fresh = replace(load(base.source, str(base.dtype).removeprefix("torch.")), tokenizer=base.tokenizer)
+    module = build(fresh)
     module.config = fresh.model.config = unwrapped(trainer.model).config
     if hasattr(trainer.model, "peft_config"):
         from peft import get_peft_model
