@@ -9,7 +9,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_tree_names_every_module() -> None:
     tree = README.partition("## The tree")[2].partition("## Develop")[0]
-    for folder in ("prlhf", "core", "core/sources", "prm", "bestofn", "eval", "benchmarks", "recipes"):
+    for folder in ("prlhf", "core", "core/sources", "prm", "policy", "bestofn", "eval", "benchmarks", "recipes"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.name.startswith("__") or path.name in tree, path
     for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
@@ -21,11 +21,18 @@ def test_commands_and_flags_exist() -> None:
     import typer
 
     from prlhf.cli import app
+    from prlhf.policy.arguments import PolicyArguments
+    from prlhf.policy.trainer import PersonalizedDPOConfig
     from prlhf.prm.arguments import RewardArguments
     from prlhf.prm.trainer import PersonalizedRewardConfig
 
     group = typer.main.get_command(app)
-    lines = re.findall(r"^prlhf ((?:.|\\\n)+?)$", README.replace("\\\n", " "), re.MULTILINE)
+    pages = [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))]
+    lines = [
+        line
+        for page in pages
+        for line in re.findall(r"^prlhf ((?:.|\\\n)+?)$", page.replace("\\\n", " "), re.MULTILINE)
+    ]
     assert len(lines) > 8
     for line in lines:
         words = line.split("#")[0].split()
@@ -35,6 +42,9 @@ def test_commands_and_flags_exist() -> None:
                 break
             command, rest = command.commands[rest[0]], rest[1:]
         known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-        kinds = (RewardArguments, PersonalizedRewardConfig)
+        kinds = {
+            "prm": (RewardArguments, PersonalizedRewardConfig),
+            "policy": (PolicyArguments, PersonalizedDPOConfig),
+        }.get(words[0] if "train" in words else "", ())
         known |= {f"--{name.replace('_', '-')}" for kind in kinds for name in kind.__dataclass_fields__}
         assert {word for word in rest if word.startswith("--")} <= known, line
