@@ -24,6 +24,7 @@ from ..core.trainer_config import PersonalizedFields
 from ..core.user_scores import score_cache
 from ..core.users import UserIndex, UserModel, make_user_model, neutral_prompt
 from ..core.validation import KeepsMargins
+from .cpu_head import lean_head
 from .log_probs import cached_log_probs, log_prob_cache, log_probs
 from .losses import FURTHER_LOSSES
 
@@ -196,6 +197,9 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
             **kwargs,
         )
         self.begin(personal)
+        if not self.use_weighting:  # which needs more of the distributions than the lean head gives
+            for one in (self.model, *([self.ref_model] if self.ref_model is not None else [])):
+                lean_head(unwrapped(one))
         self.take_further_losses()
         self.precompute_ref_logps = True  # to the stock loss: `compute_loss` fills them in where they were not
         if args.sync_ref_model:

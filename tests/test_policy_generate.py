@@ -1,0 +1,1 @@
+"""`prlhf policy generate`: what is drawn, what is kept, and what is said."""
