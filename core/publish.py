@@ -1,12 +1,20 @@
-"""What leaves a run for the hub: row 0 alone, unless users' data are asked for."""
+"""What leaves a run: a copy for the hub, row 0 alone unless asked for more, and plain weights for other readers."""
 
 import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from safetensors.torch import save_file
+
+from .artefact import ArtefactError
+from .backbone import keep_apart, unwrapped
 from .personal import PersonalizedModel
+from .tuned import without_place
 from .users import UserIndex, UserModel
+
+TABLE = "user_model.safetensors"
 
 
 def without_users(model: PersonalizedModel) -> PersonalizedModel:
@@ -49,3 +57,41 @@ def push_to_hub(
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=f"prlhf {model.kind}")
     return str(address)
+
+
+def free_folder(folder: str | Path) -> Path:
+    """The folder to write to.
+
+    Raises:
+        ArtefactError: it is there and not empty.
+    """
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ArtefactError(f"{folder}: is there already; give another folder")
+    return Path(folder)
+
+
+def plain_module(model: PersonalizedModel, folder: Path, merged: bool) -> Any:
+    """A copy of the trained module without peft's wrapper.
+
+    Args:
+        merged: LoRA weights are added to the base model; else its weights are as they were, and the adapter is written
+            to `adapter/` in the folder.
+    """
+    plain = copy.deepcopy(model.module)
+    if model.tuning == "lora":
+        if not merged:
+            plain.save_pretrained(folder / "adapter")
+            (folder / "adapter" / "README.md").unlink(missing_ok=True)
+            without_place(folder / "adapter" / "adapter_config.json")
+        plain = plain.merge_and_unload() if merged else plain.unload()
+    return unwrapped(plain)
+
+
+def write_plain(plain: Any, model: PersonalizedModel, folder: Path) -> None:
+    """Writes a module, its tokenizer, and the users' vectors (U, D) or (U, K, D), row 0 first, with their ids."""
+    keep_apart(plain)
+    plain.save_pretrained(folder)
+    model.backbone.tokenizer.save_pretrained(folder)
+    vectors = model.user_model.vectors().reshape(-1, *model.user_model.shape)
+    save_file({"vectors": vectors.contiguous()}, folder / TABLE)
+    model.users.save(folder / "users.json")

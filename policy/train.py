@@ -96,11 +96,21 @@ def _trainer(
         base.tokenizer,
         users=len(rows.users),
         peft_config=peft_config,
-        ref_model=reference.model if reference else None,
+        ref_model=_reference_model(base, args, peft_config, reference),
         reference_key=(reference or base).fingerprint,
         places=lambda row: rows.pairs[0].rows[row].place,
         callbacks=callbacks,
     )
+
+
+def _reference_model(base: Backbone, args: PersonalizedDPOConfig, peft_config: Any, reference: Backbone | None) -> Any:
+    """The reference that has to be in memory while training runs; None where it is computed before, or below LoRA."""
+    if reference:
+        return reference.model
+    if args.precompute_ref_log_probs or peft_config is not None:
+        return None
+    # TRL would look for it under a name that the weights in memory need not have.
+    return load_language_model(base.source, str(base.dtype).removeprefix("torch."), str(base.model.device)).model
 
 
 @torch.no_grad()

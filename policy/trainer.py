@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
@@ -240,10 +241,10 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
     def _as_reference(self) -> Iterator[Any]:
         """The model that gives the reference's log-probabilities where it is given no users."""
         model = self.ref_model or self.model
-        adapters = getattr(model, "peft_config", None)
         training = model.training
         model.eval()
-        with use_adapter(model, "ref" if "ref" in adapters else None) if adapters else contextlib.nullcontext():
+        named = "ref" if is_peft_model(model) and "ref" in model.peft_config else None
+        with use_adapter(model, named) if is_peft_model(model) else contextlib.nullcontext():
             yield unwrapped(model)
         model.train(training)
 

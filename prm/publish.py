@@ -4,15 +4,10 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from ..core.artefact import ArtefactError
-from ..core.backbone import keep_apart
-from ..core.tuned import without_place
+from ..core.publish import free_folder, plain_module, write_plain
 from .module import classifier_of
 from .reward_model import PersonalizedRewardModel
-
-TABLE = "user_model.safetensors"
 
 
 @torch.no_grad()
@@ -31,27 +26,14 @@ def export(model: PersonalizedRewardModel, folder: str | Path, merged: bool = Tr
     Raises:
         ArtefactError: the folder is there and not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ArtefactError(f"{folder}: is there already; give another folder")
+    folder = free_folder(folder)
     soft = model.head.aggregator == "soft_prompt"
     head = model.head.weight if soft else model.user_model.row0()  # type: ignore[union-attr]
     frozen_heads = model.tuning == "frozen" and not soft
-    plain = classifier_of(model.backbone) if frozen_heads else copy.deepcopy(model.module)
-    if model.tuning == "lora":
-        if not merged:
-            plain.save_pretrained(folder / "adapter")
-            (folder / "adapter" / "README.md").unlink(missing_ok=True)
-            without_place(folder / "adapter" / "adapter_config.json")
-        plain = plain.merge_and_unload() if merged else plain.unload()
-    keep_apart(plain)
+    plain = classifier_of(model.backbone) if frozen_heads else plain_module(model, folder, merged)
     tokenizer = model.backbone.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     plain.config.get_text_config().pad_token_id = pad  # or a stock reader could take one row at a time only
     plain.score = copy.deepcopy(plain.score)
     plain.score.weight.copy_(head.reshape(1, -1))
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    ids = torch.arange(len(model.users), device=model.user_model.device)
-    save_file({"vectors": model.user_model(ids).cpu().contiguous()}, folder / TABLE)
-    model.users.save(folder / "users.json")
+    write_plain(plain, model, folder)

@@ -1,6 +1,5 @@
 """`prlhf policy train|generate|export|push`: a personalized policy from comparisons, and what it writes."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,8 +7,7 @@ import typer
 
 from .options import ModelPlace, Users, asked_users
 from .output import percent, table, tell
-from .training import TrainVerb, load_base, resume, train_and_save, training_data
-from .training import push as publish
+from .training import RunArgument, TrainVerb, load_base, push_run, resume, train_and_save, training_data
 
 if TYPE_CHECKING:
     from prlhf.core.comparisons import User
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from prlhf.policy.trainer import PersonalizedDPOConfig
 
 app = typer.Typer(help="Personalized policy (P-DPO, P-IPO and TRL's other preference losses).", no_args_is_help=True)
-RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 
 @app.command(
@@ -189,16 +186,4 @@ def export(
     tell(f"{out}: a language model, and user_model.safetensors with {rows:,} rows of {tokens} vectors, row 0 first")
 
 
-@app.command()
-def push(
-    run: RunArgument,
-    repo: Annotated[str, typer.Option(help="Name on the hub, as in me/my-policy.")],
-    users: Annotated[bool, typer.Option("--users", help="Also users' ids, vectors and facts: personal data.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="A repository that only you can read.")] = False,
-    base: ModelPlace = None,
-) -> None:
-    """Publish a run on the hub: row 0 alone, unless --users is given. The token is the hub's own ($HF_TOKEN)."""
-    from prlhf.policy.policy import PersonalizedPolicy
-
-    policy = PersonalizedPolicy.from_pretrained(run, show=True, model=base)
-    publish(policy, repo, users, private or None, os.environ.get("HF_TOKEN"))
+app.command("push")(push_run)

@@ -1,6 +1,5 @@
 """`prlhf prm train|export|push`: a personalized reward model from comparisons."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,8 +7,7 @@ import typer
 
 from .options import ModelPlace
 from .output import percent, table, tell
-from .training import TrainVerb, load_base, resume, train_and_save, training_data
-from .training import push as publish
+from .training import RunArgument, TrainVerb, load_base, push_run, resume, train_and_save, training_data
 
 if TYPE_CHECKING:
     from prlhf.prm.arguments import RewardArguments
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from prlhf.prm.trainer import PersonalizedRewardConfig
 
 app = typer.Typer(help="Personalized reward model (P-RM; not TRL's process reward model).", no_args_is_help=True)
-RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 
 @app.command(
@@ -94,16 +91,4 @@ def export(
         )
 
 
-@app.command()
-def push(
-    run: RunArgument,
-    repo: Annotated[str, typer.Option(help="Name on the hub, as in me/my-reward-model.")],
-    users: Annotated[bool, typer.Option("--users", help="Also users' ids, vectors and facts: personal data.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="A repository that only you can read.")] = False,
-    base: ModelPlace = None,
-) -> None:
-    """Publish a run on the hub: row 0 alone, unless --users is given. The token is the hub's own ($HF_TOKEN)."""
-    from prlhf.prm.reward_model import PersonalizedRewardModel
-
-    model = PersonalizedRewardModel.from_pretrained(run, show=True, model=base)
-    publish(model, repo, users, private or None, os.environ.get("HF_TOKEN"))
+app.command("push")(push_run)

@@ -1,16 +1,17 @@
 """What `prm train` and `policy train` do alike: flags and `--config`, reading the data, going on where it stopped."""
 
 import difflib
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import load
+from .options import ModelPlace, load
 from .output import tell
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from prlhf.core.comparisons import Comparisons
     from prlhf.core.personal import PersonalizedModel
 
+RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.")]
 _SHOWN = (  # of TRL's and transformers' flags, those that most runs set
     *("output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "gradient_checkpointing", "bf16", "eval_steps", "save_steps"),
@@ -136,10 +138,23 @@ def train_and_save(
         model.save_pretrained(out)
     show(model, out)
     if publish:
-        push(model, config.hub_model_id or out.name, arguments.publish_users, config.hub_private_repo, token)
+        _push(model, config.hub_model_id or out.name, arguments.publish_users, config.hub_private_repo, token)
 
 
-def push(model: "PersonalizedModel", repo: str, users: bool, private: bool | None, token: str | None) -> None:
+def push_run(
+    run: RunArgument,
+    repo: Annotated[str, typer.Option(help="Name on the hub, as in me/my-model.")],
+    users: Annotated[bool, typer.Option("--users", help="Also users' ids, vectors and facts: personal data.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="A repository that only you can read.")] = False,
+    base: ModelPlace = None,
+) -> None:
+    """Publish a run on the hub: row 0 alone, unless --users is given. The token is the hub's own ($HF_TOKEN)."""
+    from prlhf.runs import load_run
+
+    _push(load_run(run, show=True, model=base), repo, users, private or None, os.environ.get("HF_TOKEN"))
+
+
+def _push(model: "PersonalizedModel", repo: str, users: bool, private: bool | None, token: str | None) -> None:
     """Publishes a run on the hub."""
     from prlhf.core.publish import push_to_hub
 
