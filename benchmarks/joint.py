@@ -65,7 +65,7 @@ def simulated(_: str | None) -> Setting:
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
         "linear_head": linear,
-        "soft_prompt": {**SOFT, "num_train_epochs": 3, "eval_steps": 0.125, "save_steps": 0.125},
+        "soft_prompt": {**SOFT, "num_train_epochs": 1},
         "uniform": {**linear, "user_model": "uniform", "num_train_epochs": 2},
     }
     return Setting(parts, TextLayout("none", user_text="ignore"), arms)

@@ -78,7 +78,7 @@ def conflict(_: str | None, seed: int, users: int = 10) -> Setting:
     seen = {name for mine in groups.values() for name in mine[: len(mine) // 2]}
     few = {"train": 80, "validation": 8}
     kept = {name: first_rows([row for row in parts[name] if row.user.id in seen], n, seed) for name, n in few.items()}
-    kept["test"] = first_rows(parts["test"], 30, seed)
+    kept["test"] = first_rows(parts["test"], 20, seed)
     return Setting(kept, TextLayout("none", user_text="ignore"), {"num_train_epochs": 2}, True, True)
 
 
@@ -124,8 +124,8 @@ def config(run: Path, seed: int, options: dict[str, Any]) -> PersonalizedDPOConf
         "beta": 0.1,
         "train_sampling_strategy": "group_by_length",
         "logging_steps": 5,
-        "eval_steps": 0.125,
-        "save_steps": 0.125,
+        "eval_steps": 0.25,
+        "save_steps": 0.25,
         "gradient_checkpointing": False,
         "resume_from_checkpoint": True,
         "seed": seed,

@@ -106,6 +106,7 @@ NOT_READ = {
     "hub_strategy": "checkpoints are never pushed, they hold users' vectors",
     "hub_always_push": "checkpoints are never pushed, they hold users' vectors",
     "hub_revision": "the main branch is pushed to",
+    "use_liger_kernel": "TRL is about to drop it",
     "do_train": "the command trains",
     "do_predict": "see `prlhf eval preference`",
 }

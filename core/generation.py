@@ -106,6 +106,7 @@ class LocalGenerator:
             raise ValueError(f"strength {strength:g}: this model knows no users, so there is nothing to strengthen")
         self.model, self.tokenizer, self.sequences = model, tokenizer, sequences
         self.row_of, self.strength = row_of, strength
+        self.user_tokens = model.base_model.user_model.shape[0] if row_of else 0
         self.end_ids = _end_ids(model, tokenizer)
 
     @classmethod
@@ -150,7 +151,7 @@ class LocalGenerator:
 
     def _prompt_ids(self, request: GenerateRequest) -> tuple[int, ...]:
         ids = self.tokenizer.prompt_ids(request.prompt, request.user.text)
-        room = int(getattr(self.model.config, "max_position_embeddings", 0) or sys.maxsize)
+        room = int(getattr(self.model.config, "max_position_embeddings", 0) or sys.maxsize) - self.user_tokens
         if len(ids) + request.sampling.max_new_tokens > room:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and {request.sampling.max_new_tokens} new ones are more than the "

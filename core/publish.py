@@ -24,6 +24,9 @@ def without_users(model: PersonalizedModel) -> PersonalizedModel:
     settings = copy.deepcopy(model.settings)
     if settings["model"]["path"]:  # a folder of this machine, and not a name of the hub
         settings["model"] |= {"path": "", "name": settings["model"]["label"]}
+    reference = settings.get("reference", {})
+    if reference.get("path"):
+        reference |= {"path": "", "name": reference["label"]}
     settings["data"]["source"] = Path(str(settings["data"]["source"])).name
     return replace(model, users=UserIndex(), user_model=users, settings=settings, **model.parts_without_users())
 
@@ -93,5 +96,6 @@ def write_plain(plain: Any, model: PersonalizedModel, folder: Path) -> None:
     plain.save_pretrained(folder)
     model.backbone.tokenizer.save_pretrained(folder)
     vectors = model.user_model.vectors().reshape(-1, *model.user_model.shape)
-    save_file({"vectors": vectors.contiguous()}, folder / TABLE)
+    place = {"user_place": model.settings["user_place"]} if "user_place" in model.settings else None
+    save_file({"vectors": vectors.contiguous()}, folder / TABLE, place)
     model.users.save(folder / "users.json")

@@ -2,8 +2,9 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ def sample(
     store: JsonlStore,
     model: str | Callable[[User], str],
     show: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> list[list[str]]:
     """The n texts of each request; those in the store are not drawn again, and each is kept as soon as it is drawn.
 
@@ -25,6 +27,7 @@ def sample(
         model: tells models apart in the store, for instance a fingerprint; for a personalized one, what it is for a
             user, whose vectors may have changed.
         show: whether a bar shows the progress.
+        facts: are written into each new line.
     """
     singles = [[replace(request, n=1, first=i) for i in request.indices] for request in requests]
     named = model if callable(model) else lambda _: model
@@ -42,10 +45,11 @@ def sample(
         tokens += candidate.tokens
         bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):,.0f} tok/s", refresh=False)
         made = {"prompt": request.prompt, "user_id": request.user.id, "seed": request.seed, "index": candidate.index}
-        facts = {"sampling": asdict(request.sampling), "tokens": candidate.tokens, "ended": candidate.ended}
+        drawn_as = {"sampling": asdict(request.sampling), "tokens": candidate.tokens, "ended": candidate.ended}
         if candidate.user_known is not None:
-            facts["user_known"] = candidate.user_known
-        store.append({"key": _key(named(request.user), request), **made, **facts, "text": candidate.text})
+            drawn_as["user_known"] = candidate.user_known
+        key = _key(named(request.user), request)
+        store.append({"key": key, **made, **(facts or {}), **drawn_as, "text": candidate.text})
     return [[store[key]["text"] for key in its] for its in keys]
 
 

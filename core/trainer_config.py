@@ -44,6 +44,7 @@ class PersonalizedFields:
     save_steps: float = field(default=0.1, metadata={"help": "Below 1: share of the whole training."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept, the best included."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep what did best on validation rows."})
+    disable_tqdm: bool | None = field(default=False, metadata={"help": "No progress bars."})
     # Every parameter is read in every pass, so DDP need not look for ones that are not.
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Let DDP look for idle weights."})
     report_to: None | str | list[str] = field(  # noqa: RUF036  (as transformers has it)

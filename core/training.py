@@ -76,6 +76,8 @@ def run_trainer(trainer: Any, rows: TrainingRows, parts: Sequence[Comparisons]) 
     told = json.dumps([rows.users.ids, *(data_hash(part.rows) for part in rows.pairs)])
     trainer.data_key = hashlib.sha256(told.encode()).hexdigest()[:16]
     check_sharding(trainer)
+    if not any(p.requires_grad for p in trainer.model.parameters()):
+        raise ValueError("nothing is left to train: a frozen language model, and users without vectors")
     begun = time.time()
     trainer.train(args.resume_from_checkpoint)
     trainer.evaluate()
@@ -111,10 +113,10 @@ def check_tuning(tuning: str, peft_config: Any) -> None:
         raise ValueError(f"tuning {tuning!r}: must be one of {', '.join(TUNINGS)}; lora needs a peft_config")
 
 
-def resolved_layout(backbone: Backbone, layout: TextLayout) -> TextLayout:
-    """The layout with its defaults filled in, within what the model can read."""
+def resolved_layout(backbone: Backbone, layout: TextLayout, user_tokens: int = 0) -> TextLayout:
+    """The layout with its defaults filled in, within what the model can read beside the users' vectors."""
     resolved = RowTokenizer(backbone.tokenizer, layout).layout
-    return replace(resolved, max_length=min(resolved.max_length, backbone.max_length))
+    return replace(resolved, max_length=min(resolved.max_length, backbone.max_length - user_tokens))
 
 
 def plain_forward(module: Any) -> None:

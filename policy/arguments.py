@@ -34,10 +34,18 @@ def refuse_idle_flags(arguments: PolicyArguments, config: PersonalizedDPOConfig,
     losses = set(config.loss_type)
 
     def own(name: str, trained: bool) -> str | None:
-        if trained and name in _NOT_READ:
+        if trained and name in _NOT_READ and (config.ld_alpha is None or name != "precompute_ref_batch_size"):
             return f"not read here: {_NOT_READ[name]}"
         for is_so, why in (
             (name in _SYNC_ONLY and not config.sync_ref_model, "is of a reference that follows; add --sync-ref-model"),
+            (
+                name == "sync_ref_model" and arguments.tuning == "lora",
+                "is of --tuning full: with LoRA the reference is the model below the adapter",
+            ),
+            (
+                name == "learning_rate" and arguments.tuning == "frozen",
+                "nothing of the language model is trained; see --user-learning-rate",
+            ),
             (name == "ipo_sum_beta" and "ipo_sum" not in losses, "is of the loss ipo_sum, and --loss-type has none"),
             (name == "discopop_tau" and "discopop" not in losses, "is of the loss discopop, and --loss-type has none"),
             (

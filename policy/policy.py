@@ -119,6 +119,7 @@ def reference_facts(reference: Backbone, separate: bool) -> dict[str, Any]:
     return {
         "separate": separate,
         "name": source.name,
+        "label": source.label,
         "path": str(source.path.resolve()) if source.is_folder else "",
         "dtype": str(reference.dtype).removeprefix("torch."),
         "fingerprint": reference.fingerprint,

@@ -1,5 +1,6 @@
 """Comparisons -> user model and language model trained together -> a policy that can be saved."""
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,12 @@ def train_policy(
         TrainingStopped: a loss or gradient that is not a number.
     """
     check_tuning(tuning, peft_config)
-    resolved = resolved_layout(base, layout)
+    if reference and reference.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ValueError(
+            f"the reference {reference.source.name} has another tokenizer than {base.source.name}: the same token ids "
+            "would be other texts to it"
+        )
+    resolved = resolved_layout(base, layout, args.user_tokens)
     args.max_length = resolved.max_length
     rows = TrainingRows.of(train, validation, base, resolved, args)
     if tuning == "full":
@@ -105,8 +111,8 @@ def _trainer(
 
 def _reference_model(base: Backbone, args: PersonalizedDPOConfig, peft_config: Any, reference: Backbone | None) -> Any:
     """The reference that has to be in memory while training runs; None where it is computed before, or below LoRA."""
-    if reference:
-        return reference.model
+    if reference:  # one that follows the policy must not change what the caller holds
+        return copy.deepcopy(reference.model) if args.sync_ref_model else reference.model
     if args.precompute_ref_log_probs or peft_config is not None:
         return None
     # TRL would look for it under a name that the weights in memory need not have.
@@ -124,6 +130,8 @@ def _finished(
     reference: Backbone | None,
 ) -> PersonalizedPolicy:
     plain_forward(module)
+    if reference:
+        plain_forward(reference.model)
     trained = trained_model(base, module, settings["tuning"])
     settings["fingerprint"] = trained.fingerprint
     user_model = unwrapped(module).base_model.user_model

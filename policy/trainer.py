@@ -61,6 +61,14 @@ class PersonalizedDPOConfig(PersonalizedFields, DPOConfig):
         sorting = sorted(SORTING & set(self.loss_type))
         if self.user_loss == "sampled" and sorting:
             raise ValueError(f"user_loss sampled: the loss {sorting[0]} sorts a batch, so it must be exact")
+        if self.use_weighting and set(FURTHER_LOSSES) & set(self.loss_type):
+            raise ValueError("use_weighting is of TRL's own losses; leave it out, or leave out ipo_sum")
+        if self.use_weighting and self.user_loss == "sampled" and "sft" in self.loss_type:
+            raise ValueError("user_loss sampled: use_weighting multiplies sft by another mean, so it must be exact")
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta must be above 0, found {self.beta}")
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise ValueError("the loss exo_pair needs a label_smoothing above 0, for instance 1e-3")
         if self.ipo_sum_beta is not None and not 0 < self.ipo_sum_beta < float("inf"):
             raise ValueError(f"ipo_sum_beta must be above 0, found {self.ipo_sum_beta}")
 
@@ -178,6 +186,8 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
         places: Callable[[int], str] = str,
         **kwargs: Any,
     ):
+        if processing_class is None:
+            raise ValueError("processing_class: give the tokenizer of the model")
         self.check_columns("dpo_dataset", train_dataset=train_dataset, eval_dataset=eval_dataset)
         inner = unwrapped(model)
         if not isinstance(inner.base_model, PersonalizedBackbone):
@@ -190,7 +200,7 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
             model,
             ref_model,
             args,
-            data_collator=given or PersonalizedPairCollator(_pad_id(processing_class)),
+            data_collator=given or _collator(processing_class, args),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -231,11 +241,21 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
         rows = [*_rows(dataset, "chosen_ids"), *_rows(dataset, "rejected_ids")]
         shown = f"reference, {name}" if not self.args.disable_tqdm else ""
         with self.accelerator.main_process_first(), self._as_reference() as model, _scratch() as scratch:
-            store = log_prob_cache(self.reference_key) if self.reference_key else score_cache(scratch)
-            values = cached_log_probs(rows, store, lambda some: log_probs(model, some), shown).chunk(2)
+            # A reference that follows the policy has no lasting key.
+            keep = self.reference_key and not self.args.sync_ref_model
+            store = log_prob_cache(self.reference_key + self._precision()) if keep else score_cache(scratch)
+            values = cached_log_probs(rows, store, lambda some: self._as_in_training(model, some), shown).chunk(2)
         for column, value in zip(REFERENCE, values, strict=True):
             dataset = dataset.add_column(column, value.tolist())
         return dataset
+
+    def _precision(self) -> str:
+        """What the trainer computes in, where that is not simply the weights' dtype."""
+        return "-bf16" if self.args.bf16 else "-fp16" if self.args.fp16 else ""
+
+    def _as_in_training(self, model: Any, rows: list[TokenRow]) -> Tensor:
+        with self.accelerator.autocast():
+            return log_probs(model, rows)
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[Any]:
@@ -244,9 +264,15 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
         training = model.training
         model.eval()
         named = "ref" if is_peft_model(model) and "ref" in model.peft_config else None
-        with use_adapter(model, named) if is_peft_model(model) else contextlib.nullcontext():
-            yield unwrapped(model)
-        model.train(training)
+        inner = unwrapped(model)
+        # What accelerate puts around a forward would compute in another dtype than the cache's key says.
+        around = {name: vars(inner).pop(name) for name in ("forward",) if name in vars(inner)}
+        try:
+            with use_adapter(model, named) if is_peft_model(model) else contextlib.nullcontext():
+                yield inner
+        finally:
+            vars(inner).update(around)
+            model.train(training)
 
     def log_ratios(self, out: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """log pi - log pi_ref of chosen and rejected responses, (B,) each, as the stock loss weighs their tokens."""
@@ -288,5 +314,6 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _pad_id(tokenizer: Any) -> int:
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+def _collator(tokenizer: Any, args: PersonalizedDPOConfig) -> PersonalizedPairCollator:
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return PersonalizedPairCollator(int(pad), pad_to_multiple_of=cast(Any, args.pad_to_multiple_of))

@@ -124,12 +124,14 @@ def _best_pooling(
     return best
 
 
-def resolve(backbone: Backbone, layout: TextLayout, pooling: str | None) -> tuple[str, TextLayout]:
+def resolve(
+    backbone: Backbone, layout: TextLayout, pooling: str | None, user_tokens: int = 0
+) -> tuple[str, TextLayout]:
     """Pooling and layout with their defaults filled in, within what the backbone can read."""
     pooling = pooling or default_pooling(backbone)
     if pooling not in POOLINGS:
         raise ValueError(f"--pooling {pooling}: must be one of {', '.join((*POOLINGS, BEST))}")
-    return pooling, resolved_layout(backbone, layout)
+    return pooling, resolved_layout(backbone, layout, user_tokens)
 
 
 def default_pooling(backbone: Backbone) -> str:

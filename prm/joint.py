@@ -64,7 +64,8 @@ def train_reward_model(
     check_tuning(tuning, peft_config)
     # With a soft prompt, the last token's state has read both the user's vectors and the whole response.
     wish = args.pooling or ("last" if args.aggregator == "soft_prompt" else None)
-    pooling, resolved = resolve(backbone, layout, wish)
+    before = args.user_tokens if args.aggregator == "soft_prompt" else 0
+    pooling, resolved = resolve(backbone, layout, wish, before)
     args.pooling = pooling  # type: ignore[assignment]
     rows = TrainingRows.of(train, validation, backbone, resolved, args)
     if tuning == "full":
@@ -96,7 +97,7 @@ def _trainer(
     rows: TrainingRows, backbone: Backbone, args: PersonalizedRewardConfig, peft_config: Any, callbacks: Any
 ) -> PersonalizedRewardTrainer:
     return PersonalizedRewardTrainer(
-        classifier_of(backbone),
+        classifier_of(backbone, args.seed if args.aggregator == "soft_prompt" else None),
         args,
         reward_dataset(rows.pairs[0], rows.users),
         reward_dataset(rows.pairs[1], rows.users),

@@ -114,10 +114,12 @@ class PersonalizedRewards:
         return mean_state(out.last_hidden_state, completion_mask)
 
 
-def classifier_of(backbone: Backbone) -> Any:
-    """A sequence classifier around an already loaded backbone; its head is the checkpoint's, or zeros.
+def classifier_of(backbone: Backbone, seed: int | None = None) -> Any:
+    """A sequence classifier around an already loaded backbone; its head is the checkpoint's, or a new one.
 
-    Zeros and not random numbers: rewards of an untrained head mean nothing, and so the first loss is exactly log 2.
+    Args:
+        seed: of a new head. Without one it is zeros, so that the first loss of linear heads is exactly log 2. Below
+            a head of zeros nothing has a gradient, so soft prompts want random numbers, as transformers draws them.
     """
     config = backbone.model.config
     config.num_labels = 1
@@ -126,7 +128,14 @@ def classifier_of(backbone: Backbone) -> Any:
     setattr(model, model.base_model_prefix, backbone.model)
     head = nn.Linear(backbone.hidden_size, 1, bias=False, device=next(backbone.model.parameters()).device)
     with torch.no_grad():
-        head.weight.zero_() if backbone.score is None else head.weight.copy_(backbone.score)
+        if backbone.score is not None:
+            head.weight.copy_(backbone.score)
+        elif seed is None:
+            head.weight.zero_()
+        else:
+            random = torch.Generator().manual_seed(seed)
+            std = getattr(config, "initializer_range", 0.02)
+            head.weight.copy_(std * torch.randn(head.weight.shape, generator=random))
     model.score = head
     return model
 

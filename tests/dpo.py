@@ -1,22 +1,26 @@
 """Small trainers of personalized policies on a tiny Llama, in fp32 on the CPU."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from tiny import checkerboard, tiny_config
 from torch import Tensor
-from training import QUIET, own_pad_tokenizer
+from training import QUIET, lora, own_pad_tokenizer
 from transformers import LlamaForCausalLM
 
 from prlhf.core.backbone import unwrapped
-from prlhf.core.comparisons import Comparisons
+from prlhf.core.comparisons import Comparison, Comparisons
 from prlhf.core.pairs import token_pairs
 from prlhf.core.tokenize import RowTokenizer, TextLayout
 from prlhf.core.users import UserIndex, UserModel
 from prlhf.policy.trainer import PersonalizedDPOConfig, PersonalizedDPOTrainer, dpo_dataset
 
+EMPTY: dict[str, Any] = {"user_model": "uniform", "user_tokens": 0}
+PATHS = ["model", "off", "ref"]  # a reference model, LoRA switched off, a copy of the adapter
 UNSAVED: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
 
 
@@ -63,6 +67,12 @@ def small_trainer(
     )
 
 
+def uneven(rows: Comparisons) -> Comparisons:
+    """Chosen and rejected responses of quite different lengths."""
+    made = [Comparison(r.user, r.prompt, r.chosen + "." * (i % 5) * 3, r.rejected) for i, r in enumerate(rows)]
+    return Comparisons(made, rows.source)
+
+
 def users_of(trainer: Any) -> UserModel:
     return unwrapped(trainer.model).base_model.user_model
 
@@ -76,6 +86,27 @@ def randomize(module: Any, size: float = 0.3, seed: int = 1) -> None:
                 parameter += size * torch.randn(parameter.shape, generator=random)
             if name.endswith("offsets.weight"):
                 parameter[0] = 0
+
+
+def adapted() -> Any:
+    """A model with an adapter that has been trained."""
+    model = get_peft_model(language_model(), lora())
+    randomize(model, 0.05)
+    return model
+
+
+def on_path(path: str, folder: Path, train: Comparisons | None = None, **config: Any) -> tuple[Any, Any]:
+    """A trainer whose reference comes by one of its paths, and the untouched plain model that this reference is."""
+    model, plain = language_model(), language_model(1 if path == "model" else 0)
+    given: dict[str, Any] = {}
+    if path == "ref":
+        model = adapted()
+        plain = deepcopy(model)
+    elif path == "model":
+        given["ref_model"] = language_model(1)
+    else:
+        given["peft_config"] = lora()
+    return small_trainer(folder, train, model=model, given=given, **config), plain
 
 
 def token_log_probs(model: Any, ids: Tensor, user: Tensor | None = None) -> Tensor:

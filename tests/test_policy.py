@@ -87,15 +87,18 @@ def test_checkerboard(trained: Trained, tuning: str, user_model: str) -> None:
 
 @tunings
 @pytest.mark.parametrize("user_model", ["individualized", "cluster"])
-def test_scores_are_the_implicit_reward(trained: Trained, base: Path, tuning: str, user_model: str) -> None:
+def test_scores_are_the_implicit_reward(
+    trained: Trained, base: Path, empty_cache: Path, tuning: str, user_model: str
+) -> None:
     """Computed again by plain forward passes, text by text, the user's vectors in front of the embedded text."""
     policy, run = trained(tuning, user_model)
     own = plain_log_probs(plain_model(base, run, tuning), policy, vectors_of(policy))
     reference = plain_log_probs(plain_model(base, run, "frozen"), policy, nobody)
-    wanted = policy.beta * (own - reference)
+    wanted = 0.1 * (own - reference)
     assert wanted.std() > 0.1
-    for found in (policy, PersonalizedPolicy.from_pretrained(run)):
-        assert torch.allclose(stacked(found), wanted, atol=1e-4)
+    assert torch.allclose(stacked(policy), wanted, atol=1e-4)
+    shutil.rmtree(empty_cache)
+    assert torch.allclose(stacked(PersonalizedPolicy.from_pretrained(run)), wanted, atol=1e-4)
 
 
 @tunings
@@ -193,7 +196,7 @@ def test_scores_in_a_fresh_process_are_the_same(trained: Trained, tmp_path: Path
     asked = json.dumps([((r.user.id, r.user.text), r.prompt, r.responses) for r in REQUESTS])
     environment = {**os.environ, "PRLHF_CACHE": str(tmp_path / "empty"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCORE, asked, *(str(run) for _, run in made)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
     found = json.loads(done.stdout.splitlines()[-1])
     for policy, run in made:
         assert torch.allclose(torch.tensor(found[str(run)]), stacked(policy), atol=1e-5), run.name

@@ -237,11 +237,10 @@ def test_unknown_users_are_told(policy: PersonalizedPolicy, base: Path, tmp_path
     assert not [record for record in store.values() if "user_known" in record]
 
 
-@pytest.mark.xfail(strict=True, reason="a model's positions are counted without the users' vectors")
 def test_learned_positions_hold_the_vectors_too(tmp_path: Path) -> None:
     """What does not fit behind the vectors is refused with a message, and not by an index error."""
     torch.manual_seed(0)
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    shape: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     GPT2LMHeadModel(GPT2Config(vocab_size=260, **shape)).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     policy = fit_policy(tmp_path / "base", tmp_path / "run", "frozen", max_steps=1)

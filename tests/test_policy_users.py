@@ -153,16 +153,7 @@ def test_scores_are_relative_to_the_reference_that_was_given(
 
 @pytest.mark.parametrize(
     "given",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="accelerate's autocast around `ref_model` stays on where its log-probabilities are cached",
-            ),
-        ),
-    ],
+    [False, True],
 )
 def test_the_reference_is_computed_in_its_own_dtype(
     base: Path, other: Path, tmp_path: Path, empty_cache: Callable[[], None], given: bool
@@ -175,6 +166,19 @@ def test_the_reference_is_computed_in_its_own_dtype(
     empty_cache()
     again = PersonalizedPolicy.from_pretrained(tmp_path)
     assert torch.allclose(torch.stack(again.score(cached_and_new)), found, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["frozen", "full"])
+def test_a_reference_that_follows_is_not_scored_with(
+    base: Path, other: Path, tmp_path: Path, empty_cache: Callable[[], None], tuning: str
+) -> None:
+    """Scores are relative to what was given, before a reload as after it, and so is what the cache keeps."""
+    follow = {"sync_ref_model": True, "ref_model_sync_steps": 1, "precompute_ref_log_probs": False}
+    policy = fit_policy(base, tmp_path, tuning, other, max_steps=4, **follow)
+    policy.save_pretrained(tmp_path)
+    found = stacked(policy)
+    empty_cache()
+    assert torch.allclose(stacked(PersonalizedPolicy.from_pretrained(tmp_path)), found, atol=1e-4)
 
 
 @tunings
@@ -244,7 +248,6 @@ def test_nothing_of_users_is_published(trained: Trained, tmp_path: Path, hub: ty
     assert json.loads(hub.seen["users.json"])["ids"] == ["u0", "u1", "u2", "u3"]
 
 
-@pytest.mark.xfail(strict=True, reason="`without_users` leaves settings['reference'] as it is, path and name")
 @tunings
 def test_no_path_of_this_machine_is_published(trained: Trained, hub: type[Hub], tuning: str) -> None:
     policy, run = trained(tuning)

@@ -46,12 +46,16 @@ def _fit(arguments: "PolicyArguments", config: "PersonalizedDPOConfig", say: Any
     base = load_base(arguments, config, load_language_model, say)
     reference = None
     if arguments.ref_model:
-        source = find_model(arguments.ref_model)
+        try:
+            source = find_model(arguments.ref_model)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--model", "--ref-model")) from None
         say(f"reference: {source.origin}")
         dtype = str(base.dtype).removeprefix("torch.")
         reference = load_language_model(source, dtype, "cpu" if config.use_cpu else None)
     layout, show = arguments.layout(config), not config.disable_tqdm
-    resume(arguments, config, (*rows, base.fingerprint + base.text_hash), say)
+    weights = base.fingerprint + base.text_hash + (reference.fingerprint if reference else "")
+    resume(arguments, config, (*rows, weights), say)
     return train_policy(*rows, base, layout, config, arguments.tuning, arguments.lora(), reference, show)
 
 
@@ -101,10 +105,10 @@ def generate(
     ]
     generator.check(requests)
     store = JsonlStore(out)
-    done = len(store)
-    sample(generator, requests, store, name, show=True)
+    done, facts = len(store), {"model": run, "strength": strength}
+    sample(generator, requests, store, name, show=True, facts=facts)
     tell(f"{out}: {len(store):,} lines, {len(store) - done:,} of them new")
-    _show_texts(store, people)
+    _show_texts([record for record in store.values() if record.items() >= facts.items()], people, run, strength)
 
 
 def _generator(run: str, strength: float, sequences: int, base: str | None) -> tuple["LocalGenerator", list[str], Any]:
@@ -120,12 +124,13 @@ def _generator(run: str, strength: float, sequences: int, base: str | None) -> t
         tell(source.origin)
         model = load_language_model(source)
         generator = LocalGenerator(model.model, RowTokenizer(model.tokenizer), sequences, None, strength)
-        return generator, [], model.fingerprint
+        return generator, [], f"{model.fingerprint} {model.text_hash}"
     from prlhf.core.user_scores import mark_of
     from prlhf.policy.policy import PersonalizedPolicy
 
     policy = PersonalizedPolicy.from_pretrained(run, show=True, model=base)
-    identity = f"{policy.backbone.fingerprint} {policy.settings['user_place']} {strength:g}"
+    made = policy.settings
+    identity = f"{policy.backbone.fingerprint} {made['model']['text_hash']} {made['user_place']} {strength:g}"
 
     def name(user: "User") -> str:
         return f"{identity} {mark_of(policy.user_model, policy.row_of(user)).hex()}"
@@ -139,6 +144,8 @@ def _people(users: list[str] | None, known: list[str]) -> "list[User]":
     if users is None:
         return [User(user) for user in known] or [User(None)]
     asked = asked_users(users, known)
+    if not known:
+        tell("this model knows no users, so everybody is answered alike, but for what their own texts say")
     unknown = [user.id or "(none)" for user in asked if user.id not in known]
     if unknown and known:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -146,13 +153,13 @@ def _people(users: list[str] | None, known: list[str]) -> "list[User]":
     return asked
 
 
-def _show_texts(store: Any, people: "list[User]") -> None:
+def _show_texts(records: list[dict[str, Any]], people: "list[User]", run: str, strength: float) -> None:
     """Per user: how long the texts are, and whether they ended; accuracy hides what this shows."""
     from statistics import mean, median
 
     lines = []
     for user in people[:20]:
-        mine = [record for record in store.values() if record["user_id"] == user.id]
+        mine = [record for record in records if record["user_id"] == user.id]
         lengths, words = [r["tokens"] for r in mine], [len(r["text"].split()) for r in mine]
         ended, empty = mean(r["ended"] for r in mine), mean(not r["text"] for r in mine)
         lines.append(
@@ -166,7 +173,8 @@ def _show_texts(store: Any, people: "list[User]") -> None:
             )
         )
     columns = ["user", "texts", "median tokens", "mean words", "ended", "empty"]
-    table(f"All texts in {store.path}{' (the first 20 users)' if len(people) > 20 else ''}", columns, lines)
+    more = " (the first 20 users)" if len(people) > 20 else ""
+    table(f"Texts of {run} at strength {strength:g}{more}", columns, lines)
 
 
 @app.command()

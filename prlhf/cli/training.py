@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -103,7 +104,8 @@ class TrainVerb:
 
 def _nearest(message: str, kinds: list[Any]) -> str:
     fields = [name.replace("_", "-") for kind in kinds for name in kind.__dataclass_fields__]
-    words = [word.strip("[]',\"-").replace("_", "-") for word in message.split()]
+    # Only what the parser quotes: words of the message itself are near to flags too.
+    words = [word.replace("_", "-") for word in re.findall(r"'(?:--)?(\w[\w-]*)", message)]
     near = [difflib.get_close_matches(word, fields, n=1, cutoff=0.75) for word in words if word not in fields]
     found = sorted({match[0] for match in near if match})
     return f" Did you mean {', '.join('--' + name for name in found)}?" if found else ""
