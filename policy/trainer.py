@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
@@ -263,12 +263,13 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
         model = self.ref_model or self.model
         training = model.training
         model.eval()
-        named = "ref" if is_peft_model(model) and "ref" in model.peft_config else None
+        adapted = isinstance(model, PeftModel)
+        named = "ref" if adapted and "ref" in model.peft_config else None
         inner = unwrapped(model)
         # What accelerate puts around a forward would compute in another dtype than the cache's key says.
         around = {name: vars(inner).pop(name) for name in ("forward",) if name in vars(inner)}
         try:
-            with use_adapter(model, named) if is_peft_model(model) else contextlib.nullcontext():
+            with use_adapter(model, named) if adapted else contextlib.nullcontext():
                 yield inner
         finally:
             vars(inner).update(around)
