@@ -52,11 +52,7 @@ def train_policy(
         TrainingStopped: a loss or gradient that is not a number.
     """
     check_tuning(tuning, peft_config)
-    if reference and reference.tokenizer.get_vocab() != base.tokenizer.get_vocab():
-        raise ValueError(
-            f"the reference {reference.source.name} has another tokenizer than {base.source.name}: the same token ids "
-            "would be other texts to it"
-        )
+    _check_reference(base, reference)
     resolved = resolved_layout(base, layout, args.user_tokens)
     args.max_length = resolved.max_length
     rows = TrainingRows.of(train, validation, base, resolved, args)
@@ -64,15 +60,7 @@ def train_policy(
         base.model.requires_grad_(True)
     trainer = _trainer(rows, base, args, peft_config, reference, callbacks)
     figures = run_trainer(trainer, rows, (train, validation))
-    user_model = unwrapped(trainer.model).base_model.user_model
-    settings = {
-        **common_settings(base, resolved, train),
-        **trainer_settings(trainer, user_model, tuning),
-        "loss_type": list(args.loss_type),
-        "loss_weights": [float(weight) for weight in args.loss_weights or [1.0] * len(args.loss_type)],
-        "beta": args.beta,
-        "reference": reference_facts(reference or base, reference is not None),
-    }
+    settings = {**common_settings(base, resolved, train), **_settings(trainer, tuning, base, reference)}
     if not is_sharded(trainer):
         return _finished(trainer.model, base, rows, settings, figures, show, reference)
 
@@ -84,6 +72,27 @@ def train_policy(
     if whole is None:  # nothing to save in this process
         return cast(PersonalizedPolicy, None)
     return _finished(*whole, rows, settings, figures, show, reference)
+
+
+def _settings(
+    trainer: PersonalizedDPOTrainer, tuning: str, base: Backbone, reference: Backbone | None
+) -> dict[str, Any]:
+    args = trainer.args
+    return {
+        **trainer_settings(trainer, unwrapped(trainer.model).base_model.user_model, tuning),
+        "loss_type": list(args.loss_type),
+        "loss_weights": [float(weight) for weight in args.loss_weights or [1.0] * len(args.loss_type)],
+        "beta": args.beta,
+        "reference": reference_facts(reference or base, reference is not None),
+    }
+
+
+def _check_reference(base: Backbone, reference: Backbone | None) -> None:
+    if reference and reference.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+        raise ValueError(
+            f"the reference {reference.source.name} has another tokenizer than {base.source.name}: the same token ids "
+            "would be other texts to it"
+        )
 
 
 def _trainer(

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from ..core.users import UserIndex, UserModel, make_user_model, neutral_prompt
 from ..core.validation import KeepsMargins
 from .cpu_head import lean_head
 from .log_probs import cached_log_probs, log_prob_cache, log_probs
-from .losses import FURTHER_LOSSES
+from .losses import FURTHER_LOSSES, FurtherLosses
 
 USER_LEARNING_RATE = 1e-2
 SORTING = {"aot", "aot_unpaired"}  # losses that sort a batch, so that no row's share of them can be drawn
@@ -105,40 +105,6 @@ def start_user_model(model: Any, tokenizer: Any, args: PersonalizedFields, users
     return make_user_model(args.user_model, users, start, **args.user_options(cast(Any, args).seed))
 
 
-class FurtherLosses:
-    """Goes in front of TRL's DPOTrainer: losses of `FURTHER_LOSSES` beside TRL's, on what the model gave for these."""
-
-    further: Sequence[tuple[str, float]] = ()
-
-    def take_further_losses(self) -> None:
-        """Parts the losses of the configuration: TRL's stay with its trainer, which knows no others."""
-        me: Any = self
-        named = list(zip(me.loss_types, me.loss_weights, strict=True))
-        self.further = [(name, weight) for name, weight in named if name in FURTHER_LOSSES]
-        me.loss_types = [name for name, _ in named if name not in FURTHER_LOSSES]
-        me.loss_weights = [weight for name, weight in named if name not in FURTHER_LOSSES]
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        me: Any = self
-        stock = cast(Any, super()).compute_loss
-        if not self.further:
-            return stock(model, inputs, return_outputs, num_items_in_batch)
-        given: list[Any] = []
-
-        def watched(**kwargs: Any) -> Any:
-            given.append(model(**kwargs))
-            return given[-1]
-
-        loss = stock(watched, inputs, False, num_items_in_batch)
-        chosen, rejected = me.log_ratios(given[0], inputs)
-        beta = me.args.ipo_sum_beta or me.beta
-        for name, weight in self.further:
-            loss = loss + weight * FURTHER_LOSSES[name](chosen, rejected, beta).mean()
-        return (loss, given[0]) if return_outputs else loss
-
-
 class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteCheckpoints, DPOTrainer):
     """Trains the user model and, by LoRA or in full, the language model on personalized comparisons.
 
@@ -208,12 +174,16 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
             **kwargs,
         )
         self.begin(personal)
+        self._make_own()
+
+    def _make_own(self) -> None:
+        """After the stock constructor: what this trainer does in another way."""
         if not self.use_weighting:  # which needs more of the distributions than the lean head gives
             for one in (self.model, *([self.ref_model] if self.ref_model is not None else [])):
                 lean_head(unwrapped(one))
         self.take_further_losses()
         self.precompute_ref_logps = True  # to the stock loss: `compute_loss` fills them in where they were not
-        if args.sync_ref_model:
+        if self.args.sync_ref_model:
             self.remove_callback(SyncRefModelCallback)
             self.add_callback(_SyncReference(self.ref_model, self.accelerator))
 

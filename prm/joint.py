@@ -81,16 +81,21 @@ def train_reward_model(
     }
     if not is_sharded(trainer):
         return _finished(trainer.model, backbone, rows, settings, figures, show)
-
-    def build(fresh: Backbone) -> Any:
-        module = classifier_of(fresh)
-        start = start_user_model(module, fresh.tokenizer, args, len(rows.users))
-        return reward_module(module, start, args.aggregator, str(args.pooling), args.user_place)
-
-    whole = whole_module(trainer, backbone, load_backbone, build)
+    whole = _whole(trainer, backbone, len(rows.users))
     if whole is None:  # nothing to save in this process
         return cast(PersonalizedRewardModel, None)
     return _finished(*whole, rows, settings, figures, show)
+
+
+def _whole(trainer: PersonalizedRewardTrainer, backbone: Backbone, users: int) -> tuple[Any, Backbone] | None:
+    args = trainer.args
+
+    def build(fresh: Backbone) -> Any:
+        module = classifier_of(fresh)
+        start = start_user_model(module, fresh.tokenizer, args, users)
+        return reward_module(module, start, args.aggregator, str(args.pooling), args.user_place)
+
+    return whole_module(trainer, backbone, load_backbone, build)
 
 
 def _trainer(
