@@ -22,11 +22,9 @@ def without_users(model: PersonalizedModel) -> PersonalizedModel:
     users: UserModel = copy.deepcopy(model.user_model).cpu()
     users.keep_rows(1)
     settings = copy.deepcopy(model.settings)
-    if settings["model"]["path"]:  # a folder of this machine, and not a name of the hub
-        settings["model"] |= {"path": "", "name": settings["model"]["label"]}
-    reference = settings.get("reference", {})
-    if reference.get("path"):
-        reference |= {"path": "", "name": reference["label"]}
+    for made in (settings["model"], settings.get("reference")):
+        if made and made["path"]:  # a folder of this machine, and not a name of the hub
+            made |= {"path": "", "name": made["label"]}
     settings["data"]["source"] = Path(str(settings["data"]["source"])).name
     return replace(model, users=UserIndex(), user_model=users, settings=settings, **model.parts_without_users())
 

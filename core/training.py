@@ -211,17 +211,22 @@ def length_facts(rows: Sequence[Comparison]) -> dict[str, int]:
 
 def common_settings(backbone: Backbone, layout: TextLayout, train: Comparisons) -> dict[str, Any]:
     """What every run records of the model it started from, of its data, and of how it reads text."""
-    source = backbone.source
     return {
         "layout": layout.to_dict(),
         "reads_user_text": layout.user_text == "input" and any(row.user.text for row in train),
-        "model": {
-            "name": source.name,
-            "path": str(source.path.resolve()) if source.is_folder else "",
-            "label": source.label,
-            "dtype": str(backbone.dtype).removeprefix("torch."),
-            "fingerprint": backbone.fingerprint,
-            "text_hash": backbone.text_hash,
-        },
+        "model": model_facts(backbone),
         "data": {"source": train.source, "hash": data_hash(list(train))},
+    }
+
+
+def model_facts(backbone: Backbone) -> dict[str, Any]:
+    """What a run records of a model, by which it is found again and checked."""
+    source = backbone.source
+    return {
+        "name": source.name,
+        "path": str(source.path.resolve()) if source.is_folder else "",
+        "label": source.label,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "fingerprint": backbone.fingerprint,
+        "text_hash": backbone.text_hash,
     }

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.backbone import is_personal, unwrapped
-from ..core.pretrained import Backbone, ModelSource
+from .backbone import is_personal, unwrapped
+from .pretrained import Backbone, ModelSource
 
 TUNINGS = ("frozen", "lora", "full")
 

@@ -11,7 +11,7 @@ from ..core.backbone import unwrapped
 from ..core.comparisons import Comparison
 from ..core.scoring import ScoreRequest
 from ..core.soft_user import fit_soft_user
-from ..core.texts import texts_of, texts_of_requests
+from ..core.texts import Text, texts_of, texts_of_requests
 from ..core.tokenize import TokenRow
 from ..core.user_scores import mark_of, user_scores
 from .log_probs import TOKENS_PER_BATCH, cached_log_probs, log_prob_cache, log_probs
@@ -38,20 +38,22 @@ def implicit_rewards(policy: "PersonalizedPolicy", requests: Sequence[ScoreReque
         policy.show,
         TOKENS_PER_BATCH,
     )
-    rows = policy.reader.tokenize(texts_of_requests(requests))
-    reference = reference_log_probs(policy, rows).split([len(r.responses) for r in requests])
+    reference = reference_log_probs(policy, texts_of_requests(requests)).split([len(r.responses) for r in requests])
     return [policy.beta * (a - b) for a, b in zip(with_users, reference, strict=True)]
 
 
-def reference_log_probs(policy: "PersonalizedPolicy", rows: Sequence[TokenRow]) -> Tensor:
-    """log pi_ref of each row's response, (R,), from the disk where it is there."""
+def reference_log_probs(policy: "PersonalizedPolicy", texts: Sequence[Text]) -> Tensor:
+    """log pi_ref of each text's response, (R,), from the disk where it is there."""
     store = log_prob_cache(policy.settings["reference"]["fingerprint"])
 
     def compute(some: list[TokenRow]) -> Tensor:
         with policy.as_reference() as model:
             return log_probs(model, some)
 
-    return cached_log_probs(rows, store, compute, "reference" if policy.show else "")
+    def rows_at(places: list[int]) -> list[TokenRow]:
+        return policy.reader.tokenize([texts[i] for i in places])
+
+    return cached_log_probs(policy.reader.keys(texts), rows_at, store, compute, "reference" if policy.show else "")
 
 
 def fit_policy_user(
@@ -66,7 +68,7 @@ def fit_policy_user(
         see `fit_soft_user`.
     """
     sides, module = policy.reader.tokenize(texts_of(rows)), unwrapped(policy.module)
-    reference = reference_log_probs(policy, sides)
+    reference = reference_log_probs(policy, texts_of(rows))
 
     def margins(which: Sequence[int]) -> Tensor:
         at = [*which, *(len(rows) + i for i in which)]

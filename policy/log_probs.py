@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.pretrained import cache_dir
 from ..core.row_cache import LAYOUT, RowCache, fill
-from ..core.token_rows import row_inputs, row_key
+from ..core.token_rows import row_inputs
 from ..core.tokenize import TokenRow
 from ..core.user_scores import PART, score_cache
 
@@ -42,19 +42,23 @@ def log_prob_cache(fingerprint: str) -> RowCache:
 
 
 def cached_log_probs(
-    rows: Sequence[TokenRow],
+    keys: Sequence[bytes],
+    rows_at: Callable[[list[int]], list[TokenRow]],
     store: RowCache,
     compute: Callable[[list[TokenRow]], Tensor],
     shown_as: str = "",
 ) -> Tensor:
-    """Log-probabilities (R,) fp32 of rows; what the store lacks is computed, equal rows once.
+    """Log-probabilities (R,) fp32 of the rows of R keys; what the store lacks is computed, equal rows once.
 
     A row's value does not depend on what it was compared with, on the user, or on the loss, so other users, another
     alpha and another loss find it there.
+
+    Args:
+        keys: from `row_key`.
+        rows_at: places in `keys` -> token rows; asked only for what the store lacks.
     """
-    keys = [row_key(row) for row in rows]
     missing = list({key: i for i, key in enumerate(keys) if key not in store}.values())
-    todo = [rows[i] for i in missing]
+    todo = rows_at(missing)
 
     @torch.inference_mode()
     def computed(batch: list[int]) -> np.ndarray:

@@ -107,20 +107,3 @@ class PersonalizedPolicy(PersonalizedModel):
 def trained_model(base: Backbone, module: Any, tuning: str) -> Backbone:
     """The whole language model of a trained module, under a fingerprint of its own."""
     return base.trained(unwrapped(module), tuned_fingerprint(base, module, tuning))
-
-
-def reference_facts(reference: Backbone, separate: bool) -> dict[str, Any]:
-    """What a run records of its reference.
-
-    Args:
-        separate: whether it is another model than the one that training started from.
-    """
-    source = reference.source
-    return {
-        "separate": separate,
-        "name": source.name,
-        "label": source.label,
-        "path": str(source.path.resolve()) if source.is_folder else "",
-        "dtype": str(reference.dtype).removeprefix("torch."),
-        "fingerprint": reference.fingerprint,
-    }

@@ -14,12 +14,13 @@ from ..core.training import (
     TrainingRows,
     check_tuning,
     common_settings,
+    model_facts,
     plain_forward,
     resolved_layout,
     run_trainer,
     trainer_settings,
 )
-from .policy import PersonalizedPolicy, reference_facts, trained_model
+from .policy import PersonalizedPolicy, trained_model
 from .trainer import PersonalizedDPOConfig, PersonalizedDPOTrainer, dpo_dataset, start_user_model
 
 
@@ -83,7 +84,7 @@ def _settings(
         "loss_type": list(args.loss_type),
         "loss_weights": [float(weight) for weight in args.loss_weights or [1.0] * len(args.loss_type)],
         "beta": args.beta,
-        "reference": reference_facts(reference or base, reference is not None),
+        "reference": {"separate": reference is not None, **model_facts(reference or base)},
     }
 
 

@@ -19,6 +19,7 @@ from trl.trainer.utils import use_adapter
 from ..core.backbone import PersonalizedBackbone, personalize, unwrapped
 from ..core.checkpoints import CompleteCheckpoints
 from ..core.pairs import TokenPairs
+from ..core.token_rows import row_key
 from ..core.tokenize import TokenRow
 from ..core.trainer import AlphaMix, beside_users, personal_parameters
 from ..core.trainer_config import PersonalizedFields
@@ -214,7 +215,13 @@ class PersonalizedDPOTrainer(KeepsMargins, AlphaMix, FurtherLosses, CompleteChec
             # A reference that follows the policy has no lasting key.
             keep = self.reference_key and not self.args.sync_ref_model
             store = log_prob_cache(self.reference_key + self._precision()) if keep else score_cache(scratch)
-            values = cached_log_probs(rows, store, lambda some: self._as_in_training(model, some), shown).chunk(2)
+            values = cached_log_probs(
+                [row_key(row) for row in rows],
+                lambda at: [rows[i] for i in at],
+                store,
+                lambda some: self._as_in_training(model, some),
+                shown,
+            ).chunk(2)
         for column, value in zip(REFERENCE, values, strict=True):
             dataset = dataset.add_column(column, value.tolist())
         return dataset
