@@ -154,6 +154,7 @@ def config(run: Path, options: dict[str, Any]) -> PersonalizedRewardConfig:
         "eval_steps": 0.25,
         "save_steps": 0.25,
         "gradient_checkpointing": False,
+        "compile_layers": True,
         "resume_from_checkpoint": True,
         "seed": SEED,
     }

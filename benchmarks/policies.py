@@ -127,6 +127,7 @@ def config(run: Path, seed: int, options: dict[str, Any]) -> PersonalizedDPOConf
         "eval_steps": 0.25,
         "save_steps": 0.25,
         "gradient_checkpointing": False,
+        "compile_layers": True,
         "resume_from_checkpoint": True,
         "seed": seed,
     }

@@ -15,6 +15,7 @@ import torch
 
 from .backbone import unwrapped
 from .comparisons import Comparison, Comparisons, DataError
+from .compiled import compiled_layers
 from .figures import wilson
 from .pairs import TokenPairs, token_pairs
 from .pretrained import Backbone
@@ -79,8 +80,9 @@ def run_trainer(trainer: Any, rows: TrainingRows, parts: Sequence[Comparisons]) 
     if not any(p.requires_grad for p in trainer.model.parameters()):
         raise ValueError("nothing is left to train: a frozen language model, and users without vectors")
     begun = time.time()
-    trainer.train(args.resume_from_checkpoint)
-    trainer.evaluate()
+    with compiled_layers(trainer.model, args.compile_layers):
+        trainer.train(args.resume_from_checkpoint)
+        trainer.evaluate()
     spent = {"training_seconds": round(time.time() - begun, 1), **costs(trainer)}
     if args.resume_from_checkpoint:
         spent["resumed_from"] = str(args.resume_from_checkpoint).rpartition("-")[2]  # the seconds are those since then
