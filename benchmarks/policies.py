@@ -152,7 +152,7 @@ def start_of(setting: Setting, folder: Path) -> str:
     if not setting.finetuned:
         return EXAMPLE_MODEL
     if not (folder / "done").exists():
-        finetune(Comparisons(setting.parts["train"], "train"), folder, setting.layout)
+        finetune(Comparisons(setting.parts["train"], "train"), folder, setting.layout, compile_layers=True)
         (folder / "done").touch()
     return str(folder)
 

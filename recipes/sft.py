@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from prlhf import TextLayout, find_model, load_comparisons, load_language_model
 from prlhf.core.comparisons import Comparisons
+from prlhf.core.compiled import compiled_layers
 from prlhf.core.pretrained import EXAMPLE_MODEL
 from prlhf.core.tokenize import RowTokenizer
 
@@ -35,7 +36,14 @@ def answers(rows: Comparisons, tokenizer: RowTokenizer) -> Dataset:
     )
 
 
-def finetune(rows: Comparisons, out: Path, layout: TextLayout, model: str = EXAMPLE_MODEL, **options: Any) -> None:
+def finetune(
+    rows: Comparisons,
+    out: Path,
+    layout: TextLayout,
+    model: str = EXAMPLE_MODEL,
+    compile_layers: bool = False,
+    **options: Any,
+) -> None:
     """Fine-tunes a model on the responses of comparisons and writes it whole, with its tokenizer, to a folder."""
     base = load_language_model(find_model(model))
     settings: dict[str, Any] = {
@@ -58,7 +66,8 @@ def finetune(rows: Comparisons, out: Path, layout: TextLayout, model: str = EXAM
         processing_class=base.tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     )
-    trainer.train()
+    with compiled_layers(trainer.model, compile_layers):
+        trainer.train()
     trainer.model.merge_and_unload().save_pretrained(out)
     base.tokenizer.save_pretrained(out)
 
@@ -71,8 +80,10 @@ def main() -> None:
     parser.add_argument("--chat-template", default="chat", choices=("chat", "none"), help="as later for the policy")
     parser.add_argument("--num-train-epochs", type=float, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--compile-layers", action="store_true", help="less than half the time of a step on a CPU")
     given = parser.parse_args()
-    options = {"num_train_epochs": given.num_train_epochs, "learning_rate": given.learning_rate}
+    options: dict[str, Any] = {"num_train_epochs": given.num_train_epochs, "learning_rate": given.learning_rate}
+    options["compile_layers"] = given.compile_layers
     finetune(load_comparisons(given.data), given.out, TextLayout(given.chat_template), given.model, **options)
 
 
