@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from .backbone import is_personal, is_user, unwrapped
+from .batch_order import LengthSampler, RowSampler, TellsSampler
 
 
 class TrainingStopped(ValueError):
@@ -32,6 +33,7 @@ class AlphaMix:
     user_columns: tuple[str, ...] = ("user", "row")
     generic_metrics: tuple[str, ...] = ()
     places: Callable[[int], str] = str
+    sampler: RowSampler | None = None
     _draws: tuple[int, int] = (-1, 0)  # step, micro-batches of it
     _rows_of_step: tuple[int, list[int]] = (-1, [])
 
@@ -56,6 +58,20 @@ class AlphaMix:
         for parameter in personal:
             parameter.requires_grad_(parameter.numel() > 0)
         cast(Any, self).add_callback(StopAtBadGradient(self))
+        cast(Any, self).add_callback(TellsSampler(self))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        me: Any = self
+        seed = me.args.seed if me.args.data_seed is None else me.args.data_seed
+        self.sampler = self.row_order(me.train_dataset if train_dataset is None else train_dataset, seed)
+        return cast(Any, super())._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def row_order(self, rows: Any, seed: int) -> RowSampler | None:
+        """Order of the training rows; None for that of transformers."""
+        args = cast(Any, self).args
+        if args.train_sampling_strategy != "group_by_length":
+            return None
+        return LengthSampler(rows["length"], args.train_batch_size * args.gradient_accumulation_steps, seed)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """Nothing: rows are tokenized, and the length policy has met them; TRL would drop some in silence."""

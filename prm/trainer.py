@@ -1,19 +1,17 @@
 """PersonalizedRewardTrainer: TRL's RewardTrainer, personalized (P-RM, appendix F.2 of the paper)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import pad
 
+from ..core.batch_order import PromptSampler, RowSampler
 from ..core.checkpoints import CompleteCheckpoints
 from ..core.pairs import TokenPairs, margins_of
 from ..core.trainer import AlphaMix, and_unknown, beside_users, personal_parameters
@@ -98,28 +96,6 @@ def _numbered(keys: Sequence[Any]) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-class PromptSampler(Sampler[int]):
-    """Rows in random order, those of a prompt together; another order each epoch, the same one in a resumed run.
-
-    Args:
-        prompts: (B,) number of each row's prompt.
-    """
-
-    def __init__(self, prompts: Sequence[int], seed: int):
-        self.prompts, self.seed, self.epoch = np.asarray(prompts), seed, 0
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        place = random.permutation(self.prompts.max() + 1)[self.prompts]
-        return iter(np.lexsort((random.random(len(place)), place)).tolist())
-
-
 def start_user_model(model: Any, tokenizer: Any, args: PersonalizedRewardConfig, users: int) -> UserModel:
     """The user model before training: a neutral prompt for soft prompts, the model's own head for linear heads."""
     if args.aggregator == "soft_prompt":
@@ -147,7 +123,6 @@ class PersonalizedRewardTrainer(KeepsMargins, AlphaMix, CompleteCheckpoints, Rew
 
     user_columns = ("user", "row", "chosen_start", "rejected_start", "length", "prompt")
     generic_metrics = ("accuracy", "margin")
-    sampler: PromptSampler | None = None
     args: PersonalizedRewardConfig
     model: Any
     processing_class: Any
@@ -189,7 +164,6 @@ class PersonalizedRewardTrainer(KeepsMargins, AlphaMix, CompleteCheckpoints, Rew
             self.data_collator = PersonalizedCollator(
                 self.processing_class.pad_token_id, cast(Any, args.pad_to_multiple_of)
             )
-        self.add_callback(_TellsSampler(self))
 
     def double(self, given: dict[str, Any]) -> dict[str, Any]:
         """With the linear head both halves read the same states, so one pass serves them."""
@@ -197,13 +171,8 @@ class PersonalizedRewardTrainer(KeepsMargins, AlphaMix, CompleteCheckpoints, Rew
             return super().double(given)
         return {**given, "user_ids": and_unknown(given["user_ids"])}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self.args.group_by_prompt:
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.sampler = PromptSampler(rows["prompt"], seed)
-        return self.sampler
+    def row_order(self, rows: Any, seed: int) -> RowSampler | None:
+        return PromptSampler(rows["prompt"], seed) if self.args.group_by_prompt else super().row_order(rows, seed)
 
     def user_learning_rate(self) -> float:
         chosen = self.args.user_learning_rate
@@ -211,14 +180,3 @@ class PersonalizedRewardTrainer(KeepsMargins, AlphaMix, CompleteCheckpoints, Rew
 
     def margins_of(self, out: Any, inputs: dict[str, Any]) -> Tensor:
         return torch.sub(*out.logits.squeeze(-1).chunk(2))
-
-
-class _TellsSampler(TrainerCallback):
-    """Tells the sampler which epoch it is: accelerate does not where processes share it and batches are skipped."""
-
-    def __init__(self, trainer: PersonalizedRewardTrainer):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.sampler is not None:
-            self.trainer.sampler.set_epoch(int(state.epoch or 0))

@@ -16,10 +16,11 @@ from training import batch_of, classifier, columns, lora, own_pad_tokenizer, sma
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
 
+from prlhf.core.batch_order import LengthSampler, PromptSampler
 from prlhf.core.comparisons import Comparison, Comparisons, User
 from prlhf.core.users import UserIndex, UserModel
 from prlhf.prm.module import AGGREGATORS
-from prlhf.prm.trainer import PersonalizedRewardTrainer, PromptSampler
+from prlhf.prm.trainer import PersonalizedRewardTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -529,6 +530,31 @@ def test_prompt_sampler() -> None:
     assert list(PromptSampler(prompts, seed=8)) != orders[0]
     firsts = {tuple(row for row in order if prompts[row] == 0) for order in orders}
     assert len(firsts) > 1  # also within a prompt
+
+
+def test_length_sampler() -> None:
+    """Batches of like length in random order: neither from long to short nor the same in every epoch."""
+    lengths = np.random.default_rng(0).integers(5, 500, 203)
+    sampler = LengthSampler(lengths, 4, seed=7)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(203))
+        batches = [lengths[orders[-1][start : start + 4]] for start in range(0, 200, 4)]
+        assert np.mean([np.ptp(batch) for batch in batches]) < 15
+        assert abs(np.corrcoef([batch.mean() for batch in batches], range(50))[0, 1]) < 0.3
+    assert len({tuple(order) for order in orders}) == 3
+    again = LengthSampler(lengths, 4, seed=7)
+    again.set_epoch(2)
+    assert list(again) == orders[2]
+
+
+def test_training_reads_batches_of_like_length(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=4)
+    rows = iter(trainer.get_train_dataloader())
+    assert isinstance(trainer.sampler, LengthSampler)
+    assert next(rows)["rows"].tolist() == list(trainer.sampler)[:4]
 
 
 def test_prompts_stay_together_in_the_trainers_batches(tmp_path: Path) -> None:

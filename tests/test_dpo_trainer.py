@@ -27,6 +27,7 @@ from training import batch_of, own_pad_tokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from prlhf.core.batch_order import LengthSampler
 from prlhf.policy.losses import ipo_sum
 from prlhf.policy.trainer import PersonalizedDPOTrainer
 
@@ -315,3 +316,9 @@ def test_sampled_is_exact_on_average(personal: Any, monkeypatch: pytest.MonkeyPa
 def test_ipo_sum_is_not_silently_unweighted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use_weighting"):
         small_config(tmp_path, loss_type="ipo_sum", use_weighting=True)
+
+
+def test_training_reads_batches_of_like_length(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=4)
+    rows = next(iter(trainer.get_train_dataloader()))["rows"]
+    assert rows.tolist() == list(LengthSampler(trainer.train_dataset["length"], 4, seed=0))[:4]
