@@ -65,7 +65,7 @@ def simulated(_: str | None) -> Setting:
     arms: dict[str, dict[str, Any]] = {
         "frozen_heads": {},
         "linear_head": linear,
-        "soft_prompt": {**SOFT, "num_train_epochs": 1},
+        "soft_prompt": {**SOFT, **STEADY, "num_train_epochs": 2, "eval_steps": 0.125, "save_steps": 0.125},
         "uniform": {**linear, "user_model": "uniform", "num_train_epochs": 2},
     }
     return Setting(parts, TextLayout("none", user_text="ignore"), arms)
@@ -115,6 +115,8 @@ SOFT = {
     "per_device_train_batch_size": 8,
     "train_sampling_strategy": "group_by_length",
 }
+# With more comparisons than a few: smaller steps of larger batches (docs/results.md).
+STEADY = {"learning_rate": 5e-4, "user_learning_rate": 3e-3, "per_device_train_batch_size": 16}
 SETTINGS: dict[str, Callable[[str | None], Setting]] = {
     "simulated": simulated,
     "stated": stated,
