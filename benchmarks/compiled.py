@@ -7,8 +7,6 @@ compiled, are told apart.
 """
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -18,10 +16,10 @@ from typing import Any
 
 import joint
 import torch
+from results import made_by
 from transformers import TrainerCallback
 
 from prlhf.cli.output import write_json
-from prlhf.core.artefact import versions
 from prlhf.core.comparisons import Comparisons
 from prlhf.core.pretrained import EXAMPLE_MODEL, find_model, load_backbone
 from prlhf.prm.joint import train_reward_model
@@ -67,11 +65,8 @@ def main() -> None:
     later = {name: median(s for run in runs for s in run[FIRST:]) for name, runs in found.items()}
     write_json(
         {
-            "command": f"python benchmarks/compiled.py --out {given.out}",
-            "machine": f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores, {platform.system()}",
+            **made_by("compiled.py", "--out", str(given.out)),
             "threads": torch.get_num_threads(),
-            "versions": versions(),
-            "model": find_model(EXAMPLE_MODEL).label,
             "first_steps_seconds": {name: median(sum(run[:FIRST]) for run in runs) for name, runs in found.items()},
             "seconds_per_step": later,
             "ratio": later["plain"] / later["compiled"],

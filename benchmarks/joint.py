@@ -10,10 +10,7 @@ complete checkpoint. `--arms a b` trains and compares these alone. The step of e
 """
 
 import argparse
-import os
-import platform
 import random
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -22,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from peft import LoraConfig
-from results import first_rows
+from results import first_rows, made_by
 
 from prlhf.cli.output import write_json
-from prlhf.core.artefact import MANIFEST, versions
+from prlhf.core.artefact import MANIFEST
 from prlhf.core.comparisons import Comparison, Comparisons, User
 from prlhf.core.pretrained import EXAMPLE_MODEL, find_model, load_backbone
 from prlhf.core.sources import load_comparisons
@@ -272,13 +268,7 @@ def main() -> None:
     if not arguments.out:
         return
     chosen = ["--arms", *arguments.arms] if arguments.arms else []
-    command = ["python", "benchmarks/joint.py", arguments.setting, *chosen, "--out", str(arguments.out)]
-    made = {
-        "command": shlex.join(command),
-        "machine": f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": versions(),
-        "model": f"{find_model(EXAMPLE_MODEL).label}",
-    }
+    made = made_by("joint.py", arguments.setting, *chosen, "--out", str(arguments.out))
     write_json({**made, **figures(arguments.setting, setting, models)}, arguments.out)
 
 

@@ -10,9 +10,6 @@ arms are only run when they are named. The step of each arm is chosen on validat
 """
 
 import argparse
-import os
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,13 +19,12 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-import torch
 from joint import personas8 as persona_rows
 from peft import LoraConfig
-from results import first_rows
+from results import first_rows, made_by
 
 from prlhf.cli.output import write_json
-from prlhf.core.artefact import MANIFEST, versions
+from prlhf.core.artefact import MANIFEST
 from prlhf.core.comparisons import Comparison, Comparisons, Prompt, User
 from prlhf.core.generation import GenerateRequest, LocalGenerator
 from prlhf.core.pretrained import EXAMPLE_MODEL, find_model, load_language_model
@@ -334,12 +330,7 @@ def figures(name: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
 def facts(given: argparse.Namespace) -> dict[str, Any]:
     chosen = ["--arms", *given.arms] if given.arms else []
     words = [given.setting, *chosen, "--seeds", *map(str, given.seeds), "--out", str(given.out)]
-    return {
-        "command": shlex.join(["python", "benchmarks/policies.py", *words]),
-        "machine": f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": versions(),
-        "model": find_model(EXAMPLE_MODEL).label,
-    }
+    return made_by("policies.py", *words)
 
 
 if __name__ == "__main__":

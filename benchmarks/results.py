@@ -260,6 +260,16 @@ DATA_SETS: dict[str, Callable[[Comparisons, Backbone], dict[str, Any]]] = {
 }
 
 
+def made_by(script: str, *words: str) -> dict[str, Any]:
+    """What every file of figures begins with: the command, the machine, the versions, the model."""
+    return {
+        "command": shlex.join(["python", f"benchmarks/{script}", *words]),
+        "machine": f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores, {platform.system()}",
+        "versions": versions(),
+        "model": find_model(EXAMPLE_MODEL).label,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_set", choices=DATA_SETS)
@@ -275,11 +285,7 @@ def main() -> None:
     shown = replace(whole, source=Path(arguments.data).name)
     figures = DATA_SETS[arguments.data_set](shown, backbone)
     made = {
-        "command": shlex.join(
-            ["python", "benchmarks/results.py", arguments.data_set, "--data", shown.source, "--out", str(arguments.out)]
-        ),
-        "machine": f"{torch.cpu.get_capabilities().get('cpu_name')}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": versions(),
+        **made_by("results.py", arguments.data_set, "--data", shown.source, "--out", str(arguments.out)),
         "model": f"{backbone.source.label}, {str(backbone.dtype).removeprefix('torch.')}",
         "seconds": round(time.time() - begun, 1),
     }

@@ -82,9 +82,9 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--compile-layers", action="store_true", help="less than half the time of a step on a CPU")
     given = parser.parse_args()
-    options: dict[str, Any] = {"num_train_epochs": given.num_train_epochs, "learning_rate": given.learning_rate}
-    options["compile_layers"] = given.compile_layers
-    finetune(load_comparisons(given.data), given.out, TextLayout(given.chat_template), given.model, **options)
+    rows, layout = load_comparisons(given.data), TextLayout(given.chat_template)
+    options = {"num_train_epochs": given.num_train_epochs, "learning_rate": given.learning_rate}
+    finetune(rows, given.out, layout, given.model, given.compile_layers, **options)
 
 
 if __name__ == "__main__":

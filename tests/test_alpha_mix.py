@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import checkerboard
 from torch import Tensor
-from training import batch_of, classifier, columns, lora, own_pad_tokenizer, small_config, small_trainer
+from training import batch_of, classifier, columns, lora, one_without, own_pad_tokenizer, small_config, small_trainer
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from trl import RewardConfig, RewardTrainer
 
@@ -462,9 +462,7 @@ def test_a_batch_without_users_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
 def test_a_data_set_without_users_is_refused(which: str, tmp_path: Path) -> None:
     rows = checkerboard(2)
-    users = UserIndex.seen_in(rows.user_ids)
-    data = {"train_dataset": columns(rows, users), "eval_dataset": columns(rows, users)}
-    data[which] = data[which].remove_columns(["user", "chosen_start"])
+    data = one_without(which, columns(rows, UserIndex.seen_in(rows.user_ids)), "user", "chosen_start")
     with pytest.raises(ValueError, match=f"{which}: no column chosen_start, user;.*reward_dataset"):
         PersonalizedRewardTrainer(classifier(), small_config(tmp_path), **data, processing_class=own_pad_tokenizer())
 

@@ -19,7 +19,7 @@ from dpo import (
 )
 from test_alpha_mix import loss_of, with_strangers
 from tiny import checkerboard
-from training import batch_of, own_pad_tokenizer
+from training import batch_of, one_without, own_pad_tokenizer
 
 from prlhf.core.users import UserIndex
 from prlhf.policy.trainer import PersonalizedDPOTrainer
@@ -101,8 +101,6 @@ def test_a_beta_that_makes_no_sense_is_refused(beta: float, tmp_path: Path) -> N
 @pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
 def test_a_data_set_without_users_is_refused(which: str, tmp_path: Path) -> None:
     rows = checkerboard(2)
-    users = UserIndex.seen_in(rows.user_ids)
-    data = {"train_dataset": columns(rows, users), "eval_dataset": columns(rows, users)}
-    data[which] = data[which].remove_columns(["user", "prompt_ids"])
+    data = one_without(which, columns(rows, UserIndex.seen_in(rows.user_ids)), "user", "prompt_ids")
     with pytest.raises(ValueError, match=f"{which}: no column prompt_ids, user; make it with `dpo_dataset`"):
         PersonalizedDPOTrainer(language_model(), small_config(tmp_path), **data, processing_class=own_pad_tokenizer())

@@ -52,6 +52,11 @@ def columns(rows: Comparisons, users: UserIndex) -> Dataset:
     return reward_dataset(token_pairs(rows, RowTokenizer(own_pad_tokenizer(), TextLayout())), users)
 
 
+def one_without(which: str, data: Dataset, *names: str) -> dict[str, Dataset]:
+    """A trainer's two data sets, one of which lacks columns."""
+    return {"train_dataset": data, "eval_dataset": data} | {which: data.remove_columns(list(names))}
+
+
 def small_trainer(
     folder: Path,
     train: Comparisons | None = None,
